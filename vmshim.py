@@ -632,6 +632,8 @@ else:
 
     class _NeedsWindows:
         def __getattr__(self, function: str) -> Any:
+            if function.startswith("__"):  # somebody looks what this is
+                raise AttributeError(function)
             raise OSError(errno.ENOSYS, f"a runhcs pipe needs Windows, and this is {sys.platform}")
 
     _kernel32 = _NeedsWindows()
