@@ -47,11 +47,15 @@ from vmshim import (
     check_shim_response,
     dial_pipe,
     issue_vm_request,
+    list_containers,
+    read_container,
+    request_container,
     safe_pipe_path,
     shim_pipe_path,
     vm_pipe_path,
 )
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 WINDOWS = sys.platform == "win32"
 WINE = WINDOWS and hasattr(ctypes.CDLL("ntdll"), "wine_get_version")
 
@@ -188,6 +192,15 @@ def lowest_free_handle() -> int:
     handle: int = kernel32.CreateEventW(None, True, False, None)
     kernel32.CloseHandle(handle)
     return handle
+
+
+def readme_example(part: str) -> str:
+    """Return the README's Python example with this part."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+        [example] = [code for code in readme.read().split("```")[1::2] if part in code]
+    language, _, code = example.partition("\n")
+    assert language == "python", language
+    return code
 
 
 class PipeCase(unittest.TestCase):
@@ -1833,7 +1846,8 @@ class CommandLineTest(unittest.TestCase):
     def test_wrong_usage_is_status_2_with_one_clear_line(self) -> None:
         for arguments, message in (
             ((), "required"),
-            (("create", "a"), "--vm"),
+            (("serve",), "--vm"),
+            (("create", "--root", "", "a"), "root is empty"),
             (("create", "--vm", GUID, "--pipe", "x", "a"), "not allowed with"),
             (("create", "--vm", GUID), "ID"),
             (("create", "--vm", "nope", "a"), 'invalid GUID "nope"'),
@@ -1852,9 +1866,14 @@ class CommandLineTest(unittest.TestCase):
 
     @unittest.skipIf(WINDOWS, "this is Windows")
     def test_other_platform_is_told_in_one_line(self) -> None:
-        status, out, err = run("create", "--vm", GUID, "a")
-        self.assertEqual((status, out), (3, ""))
-        self.assertRegex(err, r"^a runhcs pipe needs Windows, and this is \w+\n$")
+        for arguments, what in (
+            (("create", "--vm", GUID, "a"), "a runhcs pipe"),
+            (("create", "a"), "runhcs's state"),
+            (("list",), "runhcs's state"),
+        ):
+            status, out, err = run(*arguments)
+            self.assertEqual((status, out), (3, ""))
+            self.assertRegex(err, rf"^{what} needs Windows, and this is \w+\n$")
 
 
 @needs_pipes
@@ -2040,10 +2059,382 @@ assert "logging" not in sys.modules
         self.assertEqual(process.returncode, 0)
 
 
+# ---- runhcs's own state -------------------------------------------------------------------------
+
+RUNHCS = r"SOFTWARE\Microsoft\runhcs"
+NO_GUID = "00000000-0000-0000-0000-000000000000"
+
+
+class RegistryCase(ServerCase):
+    """Writes containers as runhcs does, below a root of its own that is gone afterwards."""
+
+    winreg: Any = None
+
+    def setUp(self) -> None:
+        super().setUp()
+        if sys.platform == "win32":
+            import winreg
+
+            self.winreg = winreg
+        self.root = f"vmshim test/{uuid.uuid4()}"
+        self.root_key = f"{RUNHCS}\\{self.root.replace(' ', '%20').replace('/', '%2F')}"
+        had_runhcs = self.exists(RUNHCS)
+        try:
+            self.create(self.root_key)
+        except PermissionError:
+            self.skipTest("needs an elevated administrator to write to the registry")
+        if not had_runhcs:
+            self.addCleanup(self.delete, RUNHCS)
+        self.addCleanup(self.delete_root)
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.winreg.OpenKey(self.winreg.HKEY_LOCAL_MACHINE, path, 0, 0x20119).Close()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def create(self, path: str) -> Any:
+        access = self.winreg.KEY_ALL_ACCESS | self.winreg.KEY_WOW64_64KEY
+        return self.winreg.CreateKeyEx(self.winreg.HKEY_LOCAL_MACHINE, path, 0, access)
+
+    def delete(self, path: str) -> None:
+        access = self.winreg.KEY_WOW64_64KEY
+        self.winreg.DeleteKeyEx(self.winreg.HKEY_LOCAL_MACHINE, path, access, 0)
+
+    def delete_root(self) -> None:
+        with self.create(self.root_key) as key:
+            names = vmshim._subkeys(key)
+        for name in names:
+            self.delete(f"{self.root_key}\\{name}")
+        self.delete(self.root_key)
+
+    def write(self, name: str, state: Any = None, kind: str = "REG_BINARY", **values: int) -> None:
+        """Write a container's key: its state (JSON of a dict, or as it is), and QWORDs."""
+        if isinstance(state, dict):
+            state = json.dumps(state).encode()
+        with self.create(f"{self.root_key}\\{name}") as key:
+            if state is not None:
+                self.winreg.SetValueEx(key, "state", 0, getattr(self.winreg, kind), state)
+            for value, number in values.items():
+                self.winreg.SetValueEx(key, value, 0, self.winreg.REG_QWORD, number)
+
+    def state(self, id: str, guid: str = NO_GUID, **more: Any) -> dict[str, Any]:
+        vm = {} if guid == NO_GUID else {"HostID": f"vm of {id}"}
+        return {
+            "ID": id,
+            "Created": "2019-05-01T01:02:03.1234567Z",
+            "UniqueID": GUID,
+            "HostUniqueID": guid,
+            **vm,
+            **more,
+        }
+
+    def read(self, id: str) -> vmshim.Container:
+        return read_container(id, root=self.root)
+
+
+@needs_pipes
+class ContainerTest(RegistryCase):
+    def test_container_is_read_as_runhcs_wrote_it(self) -> None:
+        guid = str(uuid.uuid4())
+        more = {
+            "Owner": "me",
+            "SandboxID": "s",
+            "Bundle": "C:\\b",
+            "Rootfs": "C:\\r",
+            "IsHost": True,
+        }
+        more["Spec"] = {"x": [1.5, None]}
+        more["RequestedNetNS"] = ""
+        self.write("c", self.state("c", guid, **more), shim=4711, pid=5)
+        self.assertEqual(
+            self.read("c"),
+            vmshim.Container(
+                id="c",
+                owner="me",
+                sandbox_id="s",
+                host_id="vm of c",
+                bundle="C:\\b",
+                created=datetime(2019, 5, 1, 1, 2, 3, 123456, timezone.utc),
+                rootfs="C:\\r",
+                is_host=True,
+                unique_id=uuid.UUID(GUID),
+                host_unique_id=uuid.UUID(guid),
+                shim_pid=4711,
+            ),
+        )
+
+    def test_what_may_be_absent_has_a_default(self) -> None:
+        self.write("c", {"Created": "2019-05-01T01:02:03Z", "UniqueID": GUID, "HostUniqueID": GUID})
+        container = self.read("c")
+        self.assertEqual((container.id, container.owner, container.host_id), ("c", "", ""))
+        self.assertEqual((container.is_host, container.shim_pid), (False, -1))
+        self.write("c", shim=0)
+        self.assertEqual(self.read("c").shim_pid, 0)
+
+    def test_odd_ids_are_found_and_listed(self) -> None:
+        keys = {
+            "a b": "a%20b",
+            "a/b": "a%2Fb",
+            "é": "%C3%A9",
+            "..": "..",
+            "a\\b": "a%5Cb",
+            "%": "%25",
+        }
+        for id, key in keys.items():
+            self.write(key, self.state(id))
+            self.assertEqual(self.read(id).id, id)
+        listed = list_containers(root=self.root)
+        self.assertEqual({container.id for container in listed}, set(keys))
+
+    def test_unknown_id_is_told_as_the_reference_tells_it(self) -> None:
+        for root in self.root, "no-such-root":
+            with self.assertRaises(LookupError) as caught:
+                read_container("x", root=root)
+            self.assertEqual(str(caught.exception), "ID 'x' was not found")
+        self.assertEqual(list_containers(root="no-such-root"), [])
+
+    def test_empty_id_or_root_is_refused(self) -> None:
+        with self.assertRaises(ValueError):
+            self.read("")
+        with self.assertRaises(ValueError):
+            read_container("x", root="")
+        with self.assertRaises(ValueError):
+            list_containers(root="")
+
+    BROKEN = (
+        b"{",
+        b"[]",
+        b"{} {}",
+        b'{"Owner":5}',
+        b'{"IsHost":1}',
+        b'{"UniqueID":"x"}',
+        b'{"Created":"x"}',
+    )
+
+    def test_broken_state_is_a_clear_error(self) -> None:
+        for state in self.BROKEN:
+            self.write("c", state)
+            with self.assertRaisesRegex(ValueError, "^the state of ID 'c' is broken: ."):
+                self.read("c")
+        self.write("none", shim=1)
+        self.write("text", "{}", kind="REG_SZ")
+        for id in "none", "text":
+            with self.assertRaisesRegex(LookupError, f"'state' is not present for ID '{id}'"):
+                self.read(id)
+
+    def test_broken_entries_are_logged_and_hide_no_others(self) -> None:
+        for number, state in enumerate(self.BROKEN):
+            self.write(f"broken{number}", state)
+        self.write("none")
+        self.write("100%", self.state("x"))
+        self.write("%FF", self.state("x"))
+        self.write("good", self.state("good"))
+        with self.assertLogs("vmshim", logging.WARNING) as logs:
+            self.assertEqual([c.id for c in list_containers(root=self.root)], ["good"])
+        self.assertEqual(len(logs.output), len(self.BROKEN) + 3)
+        for name in "'none'", "'100%'", "'%FF'", "'broken0'":
+            self.assertEqual(sum(name in line for line in logs.output), 1)
+
+    def test_registry_is_only_read_and_in_its_64_bit_view(self) -> None:
+        self.write("c", self.state("c"))
+        open_key = self.winreg.OpenKey
+        with mock.patch.object(self.winreg, "OpenKey", wraps=open_key) as spy:
+            self.read("c")
+            list_containers(root=self.root)
+        self.assertEqual(spy.call_count, 3)
+        for call in spy.call_args_list:
+            self.assertEqual(call.args[3], 0x20019 | 0x100)  # KEY_READ | KEY_WOW64_64KEY
+        self.assertFalse(self.exists(f"{RUNHCS}\\no-such-root"))
+
+    def test_error_of_the_registry_names_the_key(self) -> None:
+        with mock.patch.object(self.winreg, "OpenKey", side_effect=PermissionError(13, "denied")):
+            with self.assertRaises(PermissionError) as caught:
+                self.read("c")
+        self.assertEqual(caught.exception.filename, f"HKEY_LOCAL_MACHINE\\{self.root_key}\\c")
+
+
+@needs_pipes
+class RequestContainerTest(RegistryCase):
+    def request_container(self, id: str, **options: Any) -> None:
+        request_container(id, "unmount", root=self.root, **options)
+
+    def test_request_goes_to_the_container_s_vm(self) -> None:
+        guid = str(uuid.uuid4())
+        self.write("a%20b", self.state("a b", guid))
+        requests: list[VMRequest] = []
+        self.path = vm_pipe_path(guid)
+        self.start(requests.append)
+        self.request_container("a b", connect_timeout=LONG, timeout=LONG)
+        self.assertEqual(requests, [("a b", "unmount")])
+        self.assertIs(requests[0].op, VMRequestOp.UNMOUNT_CONTAINER)
+
+    def test_container_without_a_vm_is_told_and_the_zero_guid_is_never_dialled(self) -> None:
+        self.write("c", self.state("c"))
+        with mock.patch.object(vmshim, "dial_pipe") as spy:
+            with self.assertRaisesRegex(LookupError, "^container 'c' runs in no VM"):
+                self.request_container("c")
+        spy.assert_not_called()
+
+    def test_vm_that_isn_t_there_cannot_be_contacted(self) -> None:
+        guid = str(uuid.uuid4())
+        self.write("c", self.state("c", guid))
+        with self.assertRaises(FileNotFoundError) as caught:
+            self.request_container("c")
+        self.assertEqual(caught.exception.strerror, "VM vm of c cannot be contacted")
+        self.assertEqual(caught.exception.filename, vm_pipe_path(guid))
+        self.assertEqual(winerror(caught.exception), 2)
+
+    def test_unknown_container_or_op_is_refused(self) -> None:
+        with self.assertRaisesRegex(LookupError, "ID 'x' was not found"):
+            self.request_container("x")
+        with self.assertRaisesRegex(ValueError, "unknown op"):
+            request_container("x", "bogus", root=self.root)
+
+    def test_command_line_finds_the_vm_by_itself(self) -> None:
+        guid = str(uuid.uuid4())
+        self.write("c", self.state("c", guid))
+        self.write("bare", self.state("bare"))
+        arguments = ("--root", self.root, "--json", "c")
+        status, out, err = run("unmount", *arguments)
+        self.assertEqual(
+            (status, err), (3, vm_pipe_path(guid) + ": VM vm of c cannot be contacted\n")
+        )
+        self.path = vm_pipe_path(guid)
+        self.start(lambda request: None)
+        status, out, err = run("unmount", *arguments)
+        self.assertEqual((status, err), (0, ""))
+        outcome = json.loads(out)
+        self.assertEqual((outcome["pipe"], outcome["ok"]), (self.path, True))
+        status, out, err = run("unmount", "--root", self.root, "--json", "bare")
+        self.assertEqual(status, 3)
+        self.assertIn("runs in no VM", err)
+        self.assertIsNone(json.loads(out)["pipe"])
+        self.assertEqual(
+            run("unmount", "--root", self.root, "x"), (3, "", "ID 'x' was not found\n")
+        )
+
+    def test_list_tells_whether_each_shim_listens_and_takes_no_instance(self) -> None:
+        free, busy, absent = (str(uuid.uuid4()) for _ in range(3))
+        for id, guid in {"f": free, "b": busy, "a": absent, "none": NO_GUID}.items():
+            self.write(id, self.state(id, guid, Owner="me"))
+        instance = RawPipe.listen(vm_pipe_path(free))
+        self.addCleanup(instance.close)
+        self.addCleanup(RawPipe.listen(vm_pipe_path(busy)).close)
+        self.addCleanup(RawPipe.dial(vm_pipe_path(busy)).close)
+        created = "2019-05-01 01:02:03+00:00"
+        status, out, err = run("list", "--root", self.root)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(
+            [line.split(None, 3) for line in out.splitlines()],
+            [
+                ["ID", "VM", "OWNER", "CREATED                    VM SHIM"],
+                ["a", absent, "me", f"{created}  absent"],
+                ["b", busy, "me", f"{created}  busy"],
+                ["f", free, "me", f"{created}  free"],
+                ["none", "-", "me", f"{created}  -"],
+            ],
+        )
+        status, out, err = run("list", "--root", self.root, "--json")
+        rows = json.loads(out)
+        self.assertEqual([row["vm_shim"] for row in rows], ["absent", "busy", "free", None])
+        self.assertEqual(rows[0]["created"], "2019-05-01T01:02:03.123456Z")
+        self.assertEqual(rows[0]["host_unique_id"], absent)
+        client = RawPipe.dial(vm_pipe_path(free))  # nobody has taken it
+        client.close()
+
+    def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Launch a shim process by the README's recipe."""
+        code = readme_example("--handshake").replace(
+            '"--pipe", r"\\\\.\\pipe\\my-shim"', ", ".join(map(repr, arguments))
+        )
+        names: dict[str, Any] = {}
+        start = subprocess.Popen
+
+        def keep(command: list[str], **options: Any) -> Any:
+            command = [command[0], vmshim.__file__, *command[2:]]
+            shim = start(command, stderr=subprocess.DEVNULL, **options)
+            self.addCleanup(shim.wait, LONG)
+            self.addCleanup(shim.kill)
+            shims.append(shim)
+            return shim
+
+        shims: list[subprocess.Popen[bytes]] = []
+        with mock.patch.object(subprocess, "Popen", keep):
+            exec(code, names)
+        return shims[0]
+
+    def test_whole_way_from_the_launch_to_the_end_of_the_child(self) -> None:
+        guid = str(uuid.uuid4())
+        self.write("c", self.state("c", guid))
+        shim = self.launch("--vm", guid)
+        self.assertIn(guid, run("list", "--root", self.root)[1])
+        self.assertEqual(
+            json.loads(run("list", "--root", self.root, "--json")[1])[0]["vm_shim"], "free"
+        )
+        for _ in range(3):
+            self.request_container("c", connect_timeout=LONG, timeout=LONG)
+        self.assertIsNone(shim.poll())
+        shim.kill()
+        shim.wait(LONG)
+        with self.assertRaises(FileNotFoundError):
+            self.request_container("c")
+        self.assertEqual(
+            json.loads(run("list", "--root", self.root, "--json")[1])[0]["vm_shim"], "absent"
+        )
+
+    def test_launch_that_fails_says_why_and_leaves_no_process(self) -> None:
+        with self.assertRaisesRegex(ShimError, "^invalid GUID") as caught:
+            self.launch("--vm", "nope")
+        self.assertIsNotNone(caught.exception.exit_code)
+
+    def test_options_that_are_no_json_object_fail_the_launch(self) -> None:
+        shim = subprocess.Popen(
+            [sys.executable, vmshim.__file__, "serve", "--handshake", "--pipe", self.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        out, _ = shim.communicate(b"[]", timeout=LONG)
+        self.assertEqual(out, b"the options on stdin must be an object")
+        self.assertNotEqual(shim.returncode, 0)
+
+    def test_container_s_process_is_started_by_connecting(self) -> None:
+        """The README's recipe."""
+        self.path = shim_pipe_path(GUID)
+        code = readme_example("shim_pipe_path")
+        for answer in SHIM_SUCCESS, b"no such program":
+            self.shim(functools.partial(RawPipe.write, data=answer), mode=PIPE_TYPE_BYTE)
+            with child("import sys; sys.stdin.read()") as process:
+                names = {"process": process, "unique_id": GUID}
+                if answer == SHIM_SUCCESS:
+                    exec(code, names)
+                    self.assertIsNone(process.poll())
+                else:
+                    with self.assertRaisesRegex(ShimError, "^no such program$"):
+                        exec(code, names)
+                    self.assertIsNotNone(process.returncode)
+
+    def test_quick_start_of_the_readme_works(self) -> None:
+        requests: list[VMRequest] = []
+        self.path = vm_pipe_path(GUID)
+        self.start(requests.append)
+        self.write("my-container", self.state("my-container", GUID))
+        code = readme_example("request_container")
+        exec(code.replace("timeout=60", f"timeout=60, root={self.root!r}"), {})
+        exec(readme_example("vm_pipe_path"), {})
+        self.assertEqual(requests, [("my-container", "unmount")] * 2)
+
+
 # ---- The file itself ----------------------------------------------------------------------------
 
 
 class FileTest(unittest.TestCase):
+    def test_file_is_ascii_so_that_it_can_be_pasted_anywhere(self) -> None:
+        with open(vmshim.__file__, "rb") as file:
+            self.assertTrue(file.read().isascii())
+
     def test_examples_in_docstrings_are_true(self) -> None:
         results = doctest.testmod(vmshim)
         self.assertEqual(results.failed, 0)

@@ -22,6 +22,7 @@ import errno
 import io
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Container",
     "ContainerState",
     "Pipe",
     "PipeBusyError",
@@ -61,6 +63,9 @@ __all__ = [
     "check_shim_response",
     "dial_pipe",
     "issue_vm_request",
+    "list_containers",
+    "read_container",
+    "request_container",
     "safe_pipe_path",
     "shim_pipe_path",
     "vm_pipe_path",
@@ -86,10 +91,7 @@ def safe_pipe_path(name: str) -> str:
     >>> safe_pipe_path("a b")
     '\\\\\\\\.\\\\pipe\\\\ProtectedPrefix\\\\Administrators\\\\a%20b'
     """
-    _check_text("pipe name", name)
-    return SAFE_PIPE_PREFIX + "".join(
-        chr(byte) if byte in _UNESCAPED else f"%{byte:02X}" for byte in name.encode()
-    )
+    return SAFE_PIPE_PREFIX + _path_escape("pipe name", name)
 
 
 def vm_pipe_path(host_unique_id: uuid.UUID | str) -> str:
@@ -107,6 +109,12 @@ def shim_pipe_path(unique_id: uuid.UUID | str) -> str:
     `unique_id` is as in vm_pipe_path(). Connecting to that pipe starts the container's process.
     """
     return safe_pipe_path(f"runhcs-shim-{_parse_guid(unique_id)}")
+
+
+def _path_escape(what: str, name: str) -> str:
+    """Escape a name as Go's url.PathEscape does."""
+    _check_text(what, name)
+    return "".join(chr(byte) if byte in _UNESCAPED else f"%{byte:02X}" for byte in name.encode())
 
 
 def _parse_guid(guid: uuid.UUID | str) -> uuid.UUID:
@@ -198,11 +206,8 @@ class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
 
         Raises ValueError if that value isn't an object, is broken, or has a member of a wrong type.
         """
-        members = {"id": "", "op": ""}
-        for key, value in _go_members(_go_value(data)[0]):
-            if key in members:
-                members[key] = _expect(str, key, value)
-        return cls(**members)
+        members = _read_members(_go_value(data)[0], {"id": ("id", str), "op": ("op", str)})
+        return cls(members.get("id", ""), members.get("op", ""))
 
 
 _NEVER = datetime(1, 1, 1, tzinfo=timezone.utc)
@@ -266,24 +271,27 @@ class ContainerState(NamedTuple):
         Raises ValueError if it is broken, has a member of a wrong type, or a time that isn't
         RFC 3339 or that a datetime can't hold.
         """
-        value, rest = _go_value(data)
-        if rest.strip(_JSON_SPACE):
-            raise ValueError(f"unexpected {rest[:20]!r} after the JSON value")
-        fields: dict[str, Any] = {}
-        for key, member in _go_members(value):
-            if key == "pid":
-                fields["init_process_pid"] = _expect(int, key, member)
-            elif key == "created":
-                created, nanosecond = _parse_time(_expect(str, key, member))
-                fields["created"], fields["created_nanosecond"] = created, nanosecond
-            elif key == "annotations":
-                annotations = fields.setdefault("annotations", {})
-                for name, text in _expect(_Object, key, member):
-                    annotations[_clean(name)] = "" if text is None else _expect(str, key, text)
-            elif key == "ociversion":
-                fields["version"] = _expect(str, key, member)
-            elif key in ("id", "status", "bundle", "rootfs", "owner"):
-                fields[key] = _expect(str, key, member)
+        fields = _read_members(
+            _whole_go_value(data),
+            {
+                "ociversion": ("version", str),
+                "id": ("id", str),
+                "pid": ("init_process_pid", int),
+                "status": ("status", str),
+                "bundle": ("bundle", str),
+                "rootfs": ("rootfs", str),
+                "created": ("created", str),
+                "annotations": ("annotations", _Object),
+                "owner": ("owner", str),
+            },
+        )
+        if "created" in fields:
+            fields["created"], fields["created_nanosecond"] = _parse_time(fields["created"])
+        if "annotations" in fields:
+            fields["annotations"] = {
+                _clean(key): "" if text is None else _expect(str, "an annotation", text)
+                for key, text in fields["annotations"]
+            }
         return cls(**fields)
 
 
@@ -349,14 +357,28 @@ def _go_value(data: bytes | str) -> tuple[Any, str]:
     return value, text[end:]
 
 
-def _go_members(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the members of an object that count: Go ignores the case of a key, and a null."""
+def _whole_go_value(data: bytes | str) -> Any:
+    """Return the JSON value that `data` is."""
+    value, rest = _go_value(data)
+    if rest.strip(_JSON_SPACE):
+        raise ValueError(f"unexpected {rest[:20]!r} after the JSON value")
+    return value
+
+
+def _read_members(value: Any, known: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's known members, by the name that `known` has for each in lower case.
+
+    Go ignores the case of a key, unknown keys, and a null, and takes the last of several.
+    """
+    members = {}
     for key, member in [] if value is None else _expect(_Object, "the JSON value", value):
-        if member is not None:
-            yield key.casefold(), member
+        name, kind = known.get(key.casefold(), ("", None))
+        if name and member is not None:
+            members[name] = _expect(kind, key, member)
+    return members
 
 
-_JSON_NAMES = {str: "a string", int: "a 64-bit integer", _Object: "an object"}
+_JSON_NAMES = {str: "a string", int: "a 64-bit integer", bool: "a bool", _Object: "an object"}
 
 
 def _expect(kind: Any, key: str, value: Any) -> Any:
@@ -907,10 +929,189 @@ def issue_vm_request(
 
 
 def _log(level: str, message: str, *arguments: object, exc_info: bool = False) -> None:
-    # Importing logging takes half as long as all other imports; who listens has imported it.
-    logging = sys.modules.get("logging")
-    if logging:
+    # Importing logging takes half as long as all other imports. Who listens has imported it; who
+    # doesn't is told of warnings and errors all the same.
+    if "logging" in sys.modules or level in ("warning", "error"):
+        import logging
+
         getattr(logging.getLogger("vmshim"), level)(message, *arguments, exc_info=exc_info)
+
+
+# ---- runhcs's own state -------------------------------------------------------------------------
+
+_NO_VM = uuid.UUID(int=0)
+
+
+class Container(NamedTuple):
+    """What runhcs keeps of a container in the registry (hcsshim: persistedState in cmd/runhcs)."""
+
+    id: str
+    """The container's ID."""
+    owner: str = ""
+    """Who created it."""
+    sandbox_id: str = ""
+    """The ID of the sandbox that it belongs to."""
+    host_id: str = ""
+    """The ID of the VM that it runs in; empty if it runs in none."""
+    bundle: str = ""
+    """The path of its bundle."""
+    created: datetime = _NEVER
+    """When it was created, an aware datetime."""
+    rootfs: str = ""
+    """The path of its root file system."""
+    is_host: bool = False
+    """Whether it was created together with its VM."""
+    unique_id: uuid.UUID = _NO_VM
+    """What its own shim's pipe is named by."""
+    host_unique_id: uuid.UUID = _NO_VM
+    """What its VM's shim's pipe is named by; the zero GUID if it runs in no VM."""
+    shim_pid: int = -1
+    """The pid of its own shim; 0 if that has exited, -1 if unknown."""
+
+    def vm_pipe_path(self) -> str:
+        """Return the path of its VM's shim's pipe. Raises LookupError if it runs in no VM."""
+        if self.host_unique_id == _NO_VM:
+            raise LookupError(f"container '{self.id}' runs in no VM, so no VM shim can be asked")
+        return vm_pipe_path(self.host_unique_id)
+
+
+def read_container(container_id: str, *, root: str = "default") -> Container:
+    """Return what runhcs keeps of a container (hcsshim: getContainer in cmd/runhcs).
+
+    `root` is what runhcs was given as --root. Raises LookupError if there is no such container,
+    ValueError if its state is broken or the ID is empty, and OSError if the registry can't be
+    read.
+    """
+    if not container_id:
+        raise ValueError("the container ID is empty")
+    try:
+        with _open_key(root, _path_escape("container ID", container_id)) as key:
+            state = _query(key, "state", "REG_BINARY")
+            shim_pid = _query(key, "shim", "REG_QWORD")
+    except FileNotFoundError:
+        raise LookupError(f"ID '{container_id}' was not found") from None
+    if state is None:
+        raise LookupError(f"state 'state' is not present for ID '{container_id}'")
+    try:
+        fields = _read_members(
+            _whole_go_value(state),
+            {
+                "id": ("id", str),
+                "owner": ("owner", str),
+                "sandboxid": ("sandbox_id", str),
+                "hostid": ("host_id", str),
+                "bundle": ("bundle", str),
+                "created": ("created", str),
+                "rootfs": ("rootfs", str),
+                "ishost": ("is_host", bool),
+                "uniqueid": ("unique_id", str),
+                "hostuniqueid": ("host_unique_id", str),
+            },
+        )
+        for guid in fields.keys() & {"unique_id", "host_unique_id"}:
+            fields[guid] = _parse_guid(fields[guid])
+        if "created" in fields:
+            fields["created"], _ = _parse_time(fields["created"])
+    except ValueError as error:
+        raise ValueError(f"the state of ID '{container_id}' is broken: {error}") from None
+    if shim_pid is not None:
+        fields["shim_pid"] = shim_pid
+    return Container(**{"id": container_id, **fields})
+
+
+def list_containers(*, root: str = "default") -> list[Container]:
+    """Return what runhcs keeps of each container on this host; none if it has never run.
+
+    Broken entries are logged as warnings and left out. Raises OSError if the registry can't be
+    read.
+    """
+    try:
+        with _open_key(root) as key:
+            names = _subkeys(key)
+    except FileNotFoundError:
+        return []
+    containers = []
+    for name in names:
+        try:
+            containers.append(read_container(_path_unescape(name), root=root))
+        except (LookupError, ValueError) as error:
+            _log("warning", "registry key %r of root %r left out: %s", name, root, error)
+    return containers
+
+
+def request_container(
+    container_id: str,
+    op: str,
+    *,
+    root: str = "default",
+    connect_timeout: float | None = 2.0,
+    timeout: float | None = None,
+) -> None:
+    """Look a container up and have its VM's shim carry a request out for it.
+
+    hcsshim does this in cmd/runhcs, in issueVMRequest. `op` is a VMRequestOp or its wire text, all
+    else is as in read_container() and issue_vm_request(), and so is what is raised; where the VM's
+    pipe isn't there, FileNotFoundError says that the VM cannot be contacted.
+    """
+    VMRequest(container_id, op).check()
+    container = read_container(container_id, root=root)
+    try:
+        issue_vm_request(
+            container.vm_pipe_path(),
+            VMRequest(container.id, op),
+            connect_timeout=connect_timeout,
+            timeout=timeout,
+        )
+    except FileNotFoundError as error:
+        error.strerror = f"VM {container.host_id} cannot be contacted"
+        raise
+
+
+def _winreg() -> Any:
+    """Return the standard library's winreg, which only Windows has."""
+    if sys.platform == "win32":
+        import winreg
+
+        return winreg
+    raise OSError(errno.ENOSYS, f"runhcs's state needs Windows, and this is {sys.platform}")
+
+
+def _open_key(root: str, *names: str) -> Any:
+    if not root:
+        raise ValueError("the root is empty")
+    winreg = _winreg()
+    path = "\\".join(["SOFTWARE\\Microsoft\\runhcs", _path_escape("root", root), *names])
+    # A 32-bit Python would be redirected to a registry of its own.
+    access = winreg.KEY_READ | winreg.KEY_WOW64_64KEY
+    try:
+        return winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path, 0, access)
+    except OSError as error:
+        error.filename = f"HKEY_LOCAL_MACHINE\\{path}"
+        raise
+
+
+def _query(key: Any, name: str, kind: str) -> Any:
+    """Return a value, or None if there is none of that name and kind."""
+    winreg = _winreg()
+    try:
+        value, found = winreg.QueryValueEx(key, name)
+    except FileNotFoundError:
+        return None
+    return value if found == getattr(winreg, kind) else None
+
+
+def _subkeys(key: Any) -> list[str]:
+    winreg = _winreg()
+    return [winreg.EnumKey(key, index) for index in range(winreg.QueryInfoKey(key)[0])]
+
+
+def _path_unescape(name: str) -> str:
+    """Unescape a name as Go's url.PathUnescape does, and refuse what it refuses."""
+    from urllib.parse import unquote
+
+    if re.search("%(?![0-9A-Fa-f]{2})", name):
+        raise ValueError(f"{name!r} has a % that escapes nothing")
+    return unquote(name, errors="strict")
 
 
 # ---- Server -----------------------------------------------------------------------------------
@@ -1245,6 +1446,8 @@ class _JSONEnd:
 
 _EXAMPLES = """\
 examples:
+  vmshim.py list
+  vmshim.py unmount my-container
   vmshim.py unmount --vm 6ba7b810-9dad-11d1-80b4-00c04fd430c8 my-container
   vmshim.py create --pipe \\\\.\\pipe\\my-shim --timeout 30 --json my-container
   vmshim.py pipe-path 6ba7b810-9dad-11d1-80b4-00c04fd430c8
@@ -1255,7 +1458,7 @@ exit status:
   0  done
   1  the shim refused; its text is on stderr
   2  usage
-  3  nobody listens there, or the pipe can't be opened
+  3  no such container or VM, or nobody listens there
   4  access denied; it takes an elevated administrator
   5  busy; nothing was sent, try again
   6  no answer in time, or the connection broke; the outcome is unknown
@@ -1281,7 +1484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    except (ShimError, OSError) as error:
+    except (ShimError, LookupError, OSError) as error:
         print(_text(error), file=sys.stderr)
         return _exit_status(error)
 
@@ -1298,10 +1501,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vmshim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    pipe = argparse.ArgumentParser(add_help=False)
-    where = pipe.add_mutually_exclusive_group(required=True)
-    where.add_argument("--vm", metavar="GUID", help="the VM's HostUniqueID")
-    where.add_argument("--pipe", metavar="PATH", help="the path of its shim's pipe")
+    def add_where(command: argparse.ArgumentParser, *, required: bool) -> None:
+        where = command.add_mutually_exclusive_group(required=required)
+        where.add_argument("--vm", metavar="GUID", help="the VM's HostUniqueID")
+        where.add_argument("--pipe", metavar="PATH", help="the path of its shim's pipe")
+
+    def add_root(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--root",
+            default="default",
+            help="what runhcs was given as --root (default: %(default)s)",
+        )
 
     for op, text in {
         VMRequestOp.CREATE_CONTAINER: "create a container in the VM",
@@ -1309,8 +1519,11 @@ def _parser() -> argparse.ArgumentParser:
         VMRequestOp.UNMOUNT_CONTAINER: "take a container's file systems out of the VM",
         VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only a container's disks out of the VM",
     }.items():
-        command = commands.add_parser(op.value, help=text, description=text, parents=[pipe])
+        description = f"{text}; without --vm or --pipe, the VM is the one that runhcs knows"
+        command = commands.add_parser(op.value, help=text, description=description)
         command.add_argument("id", metavar="ID", help="the container's ID")
+        add_where(command, required=False)
+        add_root(command)
         command.add_argument(
             "--connect-timeout",
             type=float,
@@ -1325,14 +1538,27 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         command.set_defaults(run=_run_request, op=op)
 
+    text = "list runhcs's containers on this host"
+    command = commands.add_parser("list", help=text, description=text)
+    add_root(command)
+    command.add_argument("--json", action="store_true", help="print a JSON array")
+    command.set_defaults(run=_run_list)
+
     text = "print the path of a VM shim's pipe"
     command = commands.add_parser("pipe-path", help=text, description=text)
     command.add_argument("vm", metavar="GUID", help="the VM's HostUniqueID")
     command.set_defaults(run=_run_pipe_path)
 
     text = "answer requests, and print each, until Ctrl-C"
-    command = commands.add_parser("serve", help=text, description=text, parents=[pipe])
+    command = commands.add_parser("serve", help=text, description=text)
+    add_where(command, required=True)
     command.add_argument("--fail", metavar="TEXT", help="refuse every request with this text")
+    command.add_argument(
+        "--handshake",
+        action="store_true",
+        help="be a child: read options as JSON from stdin, tell on stdout that the pipe is ready "
+        "and close it, and print to stderr",
+    )
     command.set_defaults(run=_run_serve)
 
     text = "show a request and a refusal, on a pipe that needs no elevation"
@@ -1342,18 +1568,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_request(options: argparse.Namespace) -> int:
-    pipe_path = options.pipe or vm_pipe_path(options.vm)
+    pipe_path: str | None = options.pipe
+    timeouts = {"connect_timeout": options.connect_timeout, "timeout": options.timeout}
     started = time.monotonic()
     failure: Exception | None = None
     try:
         with _seconds_shown():
-            issue_vm_request(
-                pipe_path,
-                VMRequest(options.id, options.op),
-                connect_timeout=options.connect_timeout,
-                timeout=options.timeout,
-            )
-    except (ShimError, OSError) as error:
+            if options.pipe or options.vm:
+                pipe_path = options.pipe or vm_pipe_path(options.vm)
+                issue_vm_request(pipe_path, VMRequest(options.id, options.op), **timeouts)
+            else:
+                pipe_path = read_container(options.id, root=options.root).vm_pipe_path()
+                request_container(options.id, options.op, root=options.root, **timeouts)
+    except (ShimError, LookupError, OSError) as error:
         failure = error
         print(_text(error), file=sys.stderr)
     if options.json:
@@ -1369,6 +1596,38 @@ def _run_request(options: argparse.Namespace) -> int:
     return _exit_status(failure) if failure else 0
 
 
+def _run_list(options: argparse.Namespace) -> int:
+    containers = sorted(list_containers(root=options.root))
+    shims = [_shim_listens(container) for container in containers]
+    if options.json:
+        rows = [
+            {**container._asdict(), "created": _format_time(container.created, 0), "vm_shim": shim}
+            for container, shim in zip(containers, shims)
+        ]
+        print(json.dumps(rows, default=str, indent=2))
+        return 0
+    table = [("ID", "VM", "OWNER", "CREATED", "VM SHIM")]
+    for container, shim in zip(containers, shims):
+        vm = str(container.host_unique_id) if shim else "-"
+        created = container.created.isoformat(" ", "seconds")
+        table.append((container.id, vm, container.owner or "-", created, shim or "-"))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return 0
+
+
+def _shim_listens(container: Container) -> str | None:
+    """Tell whether a container's VM's shim is free, busy or absent; None if it runs in no VM."""
+    try:
+        path = container.vm_pipe_path()
+    except LookupError:
+        return None
+    # Opening the pipe would take an instance from a client.
+    verdict = _kernel32.WaitNamedPipeW(path, 1)
+    return {0: "free", ERROR_SEM_TIMEOUT: "busy"}.get(verdict, "absent")
+
+
 def _run_pipe_path(options: argparse.Namespace) -> int:
     print(vm_pipe_path(options.vm))
     return 0
@@ -1380,10 +1639,28 @@ def _run_serve(options: argparse.Namespace) -> int:
         if options.fail is not None:
             raise RuntimeError(options.fail)
 
-    with VMShimServer(options.pipe or vm_pipe_path(options.vm), carry_out) as server:
-        print(f"serving {server.pipe_path} until Ctrl-C", file=sys.stderr, flush=True)
-        server.serve_forever()
+    def server() -> VMShimServer:
+        return VMShimServer(options.pipe or vm_pipe_path(options.vm), carry_out)
+
+    with _handshake(server) if options.handshake else server() as serving:
+        print(f"serving {serving.pipe_path} until Ctrl-C", file=sys.stderr, flush=True)
+        serving.serve_forever()
     return 0
+
+
+def _handshake(server: Callable[[], VMShimServer]) -> VMShimServer:
+    """Start as a shim process does: options on stdin, then success or an error on stdout."""
+    try:
+        _expect(_Object, "the options on stdin", _whole_go_value(sys.stdin.buffer.read()))
+        started = server()
+    except (ValueError, OSError) as error:
+        os.write(1, _text(error).encode())
+        raise
+    os.write(1, SHIM_SUCCESS)
+    # sys.stdout.close() would leave the handle open, and the parent waiting for its end.
+    os.close(1)
+    sys.stdout = sys.stderr
+    return started
 
 
 def _run_demo(options: argparse.Namespace) -> int:
