@@ -25,19 +25,19 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 import uuid
 from collections import deque
-from ctypes import wintypes
 from datetime import datetime, timezone
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Tuple
 
+# What a request doesn't need is imported where it is used: it takes longer than all of the above.
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    import threading
     from types import TracebackType
     from typing import Callable, ContextManager, Iterator, Protocol, Sequence
 
@@ -481,6 +481,13 @@ def _kill(process: subprocess.Popen[Any]) -> int:
 # ---- Win32 ------------------------------------------------------------------------------------
 # https://learn.microsoft.com/windows/win32/ipc/named-pipes
 
+# As in ctypes.wintypes, whose import would add a third to that of this file.
+BOOL = ctypes.c_long
+DWORD = ctypes.c_ulong
+HANDLE = LPVOID = LPCVOID = ctypes.c_void_p
+LPDWORD = ctypes.POINTER(DWORD)
+LPCWSTR = ctypes.c_wchar_p
+
 ERROR_FILE_NOT_FOUND = 2
 ERROR_ACCESS_DENIED = 5
 ERROR_BROKEN_PIPE = 109
@@ -491,6 +498,7 @@ ERROR_PIPE_NOT_CONNECTED = 233
 ERROR_MORE_DATA = 234
 ERROR_PIPE_CONNECTED = 535
 ERROR_OPERATION_ABORTED = 995
+ERROR_IO_INCOMPLETE = 996
 ERROR_IO_PENDING = 997
 
 GENERIC_READ = 0x80000000
@@ -519,9 +527,9 @@ class OVERLAPPED(ctypes.Structure):
     _fields_ = [
         ("Internal", ctypes.c_size_t),
         ("InternalHigh", ctypes.c_size_t),
-        ("Offset", wintypes.DWORD),
-        ("OffsetHigh", wintypes.DWORD),
-        ("hEvent", wintypes.HANDLE),
+        ("Offset", DWORD),
+        ("OffsetHigh", DWORD),
+        ("hEvent", HANDLE),
     ]
 
 
@@ -554,7 +562,7 @@ if sys.platform == "win32":
         function = getattr(_kernel32, name)
         function.restype = restype
         function.argtypes = argtypes
-        if restype is wintypes.BOOL:
+        if restype is BOOL:
             function.errcheck = _error
         elif restype is _Handle:
             function.errcheck = _handle
@@ -562,93 +570,93 @@ if sys.platform == "win32":
     _prototype(
         "CreateFileW",
         _Handle,
-        wintypes.LPCWSTR,  # lpFileName
-        wintypes.DWORD,  # dwDesiredAccess
-        wintypes.DWORD,  # dwShareMode
-        wintypes.LPVOID,  # lpSecurityAttributes
-        wintypes.DWORD,  # dwCreationDisposition
-        wintypes.DWORD,  # dwFlagsAndAttributes
-        wintypes.HANDLE,  # hTemplateFile
+        LPCWSTR,  # lpFileName
+        DWORD,  # dwDesiredAccess
+        DWORD,  # dwShareMode
+        LPVOID,  # lpSecurityAttributes
+        DWORD,  # dwCreationDisposition
+        DWORD,  # dwFlagsAndAttributes
+        HANDLE,  # hTemplateFile
     )
     _prototype(
         "WaitNamedPipeW",
-        wintypes.BOOL,
-        wintypes.LPCWSTR,  # lpNamedPipeName
-        wintypes.DWORD,  # nTimeOut, in milliseconds
+        BOOL,
+        LPCWSTR,  # lpNamedPipeName
+        DWORD,  # nTimeOut, in milliseconds
     )
     _prototype(
         "CreateNamedPipeW",
         _Handle,
-        wintypes.LPCWSTR,  # lpName
-        wintypes.DWORD,  # dwOpenMode
-        wintypes.DWORD,  # dwPipeMode
-        wintypes.DWORD,  # nMaxInstances
-        wintypes.DWORD,  # nOutBufferSize
-        wintypes.DWORD,  # nInBufferSize
-        wintypes.DWORD,  # nDefaultTimeOut
-        wintypes.LPVOID,  # lpSecurityAttributes
+        LPCWSTR,  # lpName
+        DWORD,  # dwOpenMode
+        DWORD,  # dwPipeMode
+        DWORD,  # nMaxInstances
+        DWORD,  # nOutBufferSize
+        DWORD,  # nInBufferSize
+        DWORD,  # nDefaultTimeOut
+        LPVOID,  # lpSecurityAttributes
     )
     _prototype(
         "ConnectNamedPipe",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hNamedPipe
+        BOOL,
+        HANDLE,  # hNamedPipe
         ctypes.POINTER(OVERLAPPED),  # lpOverlapped
     )
     _prototype(
         "ReadFile",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hFile
-        wintypes.LPVOID,  # lpBuffer
-        wintypes.DWORD,  # nNumberOfBytesToRead
-        wintypes.LPDWORD,  # lpNumberOfBytesRead
+        BOOL,
+        HANDLE,  # hFile
+        LPVOID,  # lpBuffer
+        DWORD,  # nNumberOfBytesToRead
+        LPDWORD,  # lpNumberOfBytesRead
         ctypes.POINTER(OVERLAPPED),  # lpOverlapped
     )
     _prototype(
         "WriteFile",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hFile
-        wintypes.LPCVOID,  # lpBuffer
-        wintypes.DWORD,  # nNumberOfBytesToWrite
-        wintypes.LPDWORD,  # lpNumberOfBytesWritten
+        BOOL,
+        HANDLE,  # hFile
+        LPCVOID,  # lpBuffer
+        DWORD,  # nNumberOfBytesToWrite
+        LPDWORD,  # lpNumberOfBytesWritten
         ctypes.POINTER(OVERLAPPED),  # lpOverlapped
     )
     _prototype(
         "FlushFileBuffers",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hFile
+        BOOL,
+        HANDLE,  # hFile
     )
     _prototype(
         "CreateEventW",
         _Handle,
-        wintypes.LPVOID,  # lpEventAttributes
-        wintypes.BOOL,  # bManualReset
-        wintypes.BOOL,  # bInitialState
-        wintypes.LPCWSTR,  # lpName
+        LPVOID,  # lpEventAttributes
+        BOOL,  # bManualReset
+        BOOL,  # bInitialState
+        LPCWSTR,  # lpName
     )
     _prototype(
         "WaitForSingleObject",
-        wintypes.DWORD,
-        wintypes.HANDLE,  # hHandle
-        wintypes.DWORD,  # dwMilliseconds
+        DWORD,
+        HANDLE,  # hHandle
+        DWORD,  # dwMilliseconds
     )
     _prototype(
         "GetOverlappedResult",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hFile
+        BOOL,
+        HANDLE,  # hFile
         ctypes.POINTER(OVERLAPPED),  # lpOverlapped
-        wintypes.LPDWORD,  # lpNumberOfBytesTransferred
-        wintypes.BOOL,  # bWait
+        LPDWORD,  # lpNumberOfBytesTransferred
+        BOOL,  # bWait
     )
     _prototype(
         "CancelIoEx",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hFile
+        BOOL,
+        HANDLE,  # hFile
         ctypes.POINTER(OVERLAPPED),  # lpOverlapped
     )
     _prototype(
         "CloseHandle",
-        wintypes.BOOL,
-        wintypes.HANDLE,  # hObject
+        BOOL,
+        HANDLE,  # hObject
     )
 else:
 
@@ -737,7 +745,7 @@ class Pipe(io.RawIOBase):
     def __init__(self, handle: _Handle, path: str) -> None:
         self.name = path
         self._handle = handle
-        self._idle_events: list[_Handle] = []
+        self._idle_signals = [handle]
         self._at_end = False
 
     def readable(self) -> bool:
@@ -777,7 +785,7 @@ class Pipe(io.RawIOBase):
         if not self.closed:
             super().close()
             self._handle.close()
-            self._idle_events.clear()
+            self._idle_signals.clear()
 
     def _send(self, message: bytes) -> int:
         error, count = self._run(_kernel32.WriteFile, message, len(message), None)
@@ -793,6 +801,8 @@ class Pipe(io.RawIOBase):
 
     def _flush(self) -> None:
         """Wait until the other end has read all that was written, has gone, or is out of time."""
+        import threading
+
         # FlushFileBuffers has no timeout, but like all I/O it can be cancelled from outside.
         flushing = threading.Thread(target=_kernel32.FlushFileBuffers, args=(self._handle,))
         flushing.start()
@@ -810,41 +820,56 @@ class Pipe(io.RawIOBase):
         """
         if self.closed:
             raise ValueError("I/O operation on a closed pipe")
-        event = self._take_event()
-        overlapped = OVERLAPPED(hEvent=event.value)
-        count = wintypes.DWORD()
-        error = ERROR_OPERATION_ABORTED  # unless the call tells otherwise: Ctrl-C may come first
-        ended = False
+        signal = self._take_signal()
+        overlapped = OVERLAPPED(hEvent=None if signal is self._handle else signal.value)
+        count = DWORD()
+        error = ERROR_IO_PENDING  # for all we know: Ctrl-C may come before the call has told
         try:
-            error = start(self._handle, *arguments, ctypes.byref(overlapped))
-            ended = error != ERROR_IO_PENDING or self._wait(event)
+            error = start(self._handle, *arguments, overlapped)
+            if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
+                error = self._result(overlapped, count, signal)
         finally:
             # Until the operation has ended the kernel may write to the buffer and to overlapped.
-            cancelled = not ended and not _kernel32.CancelIoEx(self._handle, overlapped)
-            if cancelled or error in (0, ERROR_IO_PENDING, ERROR_MORE_DATA):
-                error = _kernel32.GetOverlappedResult(self._handle, overlapped, count, True)
-        self._idle_events.append(event)
+            if error in (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE):
+                _kernel32.CancelIoEx(self._handle, overlapped)
+                error = self._result(overlapped, count, signal, cancelled=True)
+        self._idle_signals.append(signal)
         if error == ERROR_OPERATION_ABORTED:
             raise _pipe_error(WAIT_TIMEOUT, self.name)
         return error, count.value
 
-    def _take_event(self) -> _Handle:
+    def _take_signal(self) -> _Handle:
+        """Return what Windows shall set when an operation ends.
+
+        One operation at a time may use the pipe's own handle, which saves it an event.
+        """
         try:
-            return self._idle_events.pop()
+            return self._idle_signals.pop()
         except IndexError:
             event: _Handle = _kernel32.CreateEventW(None, True, False, None)
             if event.error:
                 raise _pipe_error(event.error, self.name) from None
             return event
 
-    def _wait(self, event: _Handle) -> bool:
-        """Wait until `event` is set; False if the deadline comes first."""
+    def _result(
+        self,
+        overlapped: OVERLAPPED,
+        count: DWORD,
+        signal: _Handle,
+        *,
+        cancelled: bool = False,
+    ) -> int:
+        """Wait for an operation's end; return its Win32 error.
+
+        ERROR_IO_INCOMPLETE is that the deadline came first; a cancelled one ends without it.
+        """
         while True:
-            seconds = min(_SLICE, max(0.0, self.deadline - time.monotonic()))
-            if _kernel32.WaitForSingleObject(event, math.ceil(seconds * 1000)) != WAIT_TIMEOUT:
-                return True
-            if time.monotonic() >= self.deadline:
-                return False
+            # The signal is only an alarm clock: another operation's start may reset the handle.
+            error: int = _kernel32.GetOverlappedResult(self._handle, overlapped, count, False)
+            seconds = _SLICE if cancelled else min(_SLICE, self.deadline - time.monotonic())
+            if error != ERROR_IO_INCOMPLETE or seconds <= 0:
+                return error
+            _kernel32.WaitForSingleObject(signal, math.ceil(seconds * 1000))
 
 
 # ---- Client -----------------------------------------------------------------------------------
@@ -913,7 +938,7 @@ def issue_vm_request(
             pipe.write(message)
             check_shim_response(pipe, max_response=max_response)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}"
+        outcome = f"{type(error).__name__}: {str(error)[:200]}"
         raise
     finally:
         milliseconds = (time.monotonic() - started) * 1000
@@ -1146,6 +1171,8 @@ class VMShimServer:
         *,
         request_timeout: float | None = 10.0,
     ) -> None:
+        import threading
+
         _check_pipe_path(pipe_path)
         _deadline(request_timeout)
         self.pipe_path = pipe_path
@@ -1168,6 +1195,8 @@ class VMShimServer:
         shutdown() that came before it makes it return at once. Raises ValueError if the server is
         closed, RuntimeError if it is serving already.
         """
+        import threading
+
         with self._changed:
             if self._closed:
                 raise ValueError("the server is closed")
@@ -1197,6 +1226,8 @@ class VMShimServer:
 
         The request under way is answered; clients that wait are told that the shim has stopped.
         """
+        import threading
+
         with self._changed:
             self._stop()
             while self._serving not in (None, threading.current_thread()):
@@ -1306,7 +1337,10 @@ class VMShimServer:
                     time.sleep(_SLICE)
 
     def _accept_client(self) -> None:
-        client = _Client(self._early.pop() if self._early else self._create_instance())
+        import threading
+
+        pipe = self._early.pop() if self._early else self._create_instance()
+        client = _Client(pipe, threading.Event())
         client.thread = threading.Thread(target=self._serve, args=(client,), name="vmshim client")
         with self._changed:
             self._clients = [other for other in self._clients if other.thread.is_alive()]
@@ -1384,12 +1418,12 @@ class _Client:
     thread: threading.Thread
     request: VMRequest
 
-    def __init__(self, pipe: Pipe) -> None:
+    def __init__(self, pipe: Pipe, answered: threading.Event) -> None:
         self.pipe = pipe
+        self.answered = answered
         self.idle = True
         self.arrived = False
         self.answer = b"the VM shim stopped before it had carried the request out"
-        self.answered = threading.Event()
 
 
 def _read_request(pipe: Pipe) -> VMRequest:
@@ -1664,6 +1698,8 @@ def _handshake(server: Callable[[], VMShimServer]) -> VMShimServer:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
+    import threading
+
     def carry_out(request: VMRequest) -> None:
         if request.op == VMRequestOp.SYNC_NAMESPACE:
             raise RuntimeError("Not implemented")  # what the reference answers
@@ -1707,6 +1743,7 @@ def _text(error: Exception) -> str:
 
 def _seconds_shown() -> ContextManager[None]:
     """While a wait lasts over a second, show the seconds on stderr if that is a terminal."""
+    import threading
     from contextlib import contextmanager
 
     @contextmanager
