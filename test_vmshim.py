@@ -5,15 +5,20 @@
 What needs no pipe runs on every platform. The other tests use real pipes of the real kernel32,
 and stand on both sides: the client is tried against server ends written here, the server against
 clients written here, so that the two can't share a mistake.
+
+Besides unittest's options, `--fuzz N` tries N inputs made at random instead of 2000, and `--seed N`
+makes others.
 """
 
 from __future__ import annotations
 
 import _thread
+import argparse
 import contextlib
 import ctypes
 import doctest
 import errno
+import faulthandler
 import functools
 import io
 import itertools
@@ -22,15 +27,17 @@ import logging
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unittest
 import uuid
 from ctypes import wintypes
 from datetime import datetime, timedelta, timezone
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 from unittest import mock
 
 import vmshim
@@ -2427,6 +2434,185 @@ class RequestContainerTest(RegistryCase):
         self.assertEqual(requests, [("my-container", "unmount")] * 2)
 
 
+# ---- Input at random ----------------------------------------------------------------------------
+
+fuzz_cases = 2000
+fuzz_seed = 4
+
+PIECES = [
+    *(b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\u", b"\\ud83d", b"\\ude00", b"\\u0000"),
+    *(b"null", b"true", b"NaN", b"-Infinity", b"0", b"-", b".", b"1e999", b"9" * 19, b"7" * 400),
+    *(b"\0", b"\0OK\0", b" ", b"\r\n", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xf0\x9f\x98"),
+    *(b"[" * 3000, b'{"a":' * 3000, b'"ID":"b",', b'"op":"sync",', b'"created":"', b"T24:60:60Z"),
+    *("\u017f\u212a\u00df".encode(), b"-9999", b"+23:59", b"0000", b".123456789123"),
+]
+SEEDS = [
+    *(wire for _, _, wire in REQUESTS if len(wire) < 200),
+    *((STATE_JSON % text).encode() for text, _ in CREATED),
+    *ERRORS,
+    SHIM_SUCCESS,
+]
+
+
+def fuzzed(chance: random.Random) -> bytes:
+    """Return a good message in which a few places have been deleted, doubled or overwritten."""
+    data = bytearray(chance.choice(SEEDS))
+    for _ in range(chance.randrange(6)):
+        start = chance.randrange(len(data) + 1)
+        end = min(len(data), start + chance.randrange(9))
+        noise = bytes(chance.randrange(256) for _ in range(chance.randrange(4)))
+        data[start:end] = chance.choice([b"", data[start:end] * 2, noise, chance.choice(PIECES)])
+    return bytes(data)
+
+
+class Trickle(io.RawIOBase):
+    """A file whose reads return a few bytes each, and which counts them."""
+
+    def __init__(self, data: bytes, chance: random.Random) -> None:
+        self.rest = data
+        self.chance = chance
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), self.chance.choice([1, 2, 7, 100, 5000]))
+        piece, self.rest = self.rest[:size], self.rest[size:]
+        buffer[: len(piece)] = piece
+        self.taken += len(piece)
+        return len(piece)
+
+
+def bombs(size: int) -> Iterator[tuple[str, bytes]]:
+    """Make what others choke on, by name."""
+    yield "arrays", b"[" * size
+    yield "objects", b'{"ID":' * size
+    yield "deep ID", b'{"ID":' + b"[" * size
+    yield "deep value", b'{"x":' + b"[" * size + b"]" * size + b"}"
+    yield "digits", b'{"pid":' + b"9" * size + b"}"
+    yield "fraction", b'{"pid":0.' + b"9" * size + b"}"
+    yield "exponent", b'{"pid":1e' + b"9" * size + b"}"
+    yield "keys", b"{" + b",".join(b'"%d":0' % key for key in range(size)) + b"}"
+    yield "same keys", b"{" + b'"ID":"a",' * size + b'"Op":"create"}'
+    yield "annotations", b'{"annotations":{' + b'"":"",' * size + b'"a":"b"}}'
+    yield "time", b'{"created":"2022-12-12T20:30:15.' + b"1" * size + b'Z"}'
+    yield "escapes", b'{"ID":"' + b"\\ud800" * size + b'"}'
+    yield "spaces", b" " * size
+    yield "zeros", b"\0" * size
+
+
+class FuzzTest(unittest.TestCase):
+    """Only the documented exceptions ever come out. Any other makes a case an error."""
+
+    def cases(self) -> Iterator[tuple[bytes, random.Random]]:
+        for number in range(fuzz_cases):
+            chance = random.Random(f"{fuzz_seed} {number}")
+            data = fuzzed(chance)
+            with self.subTest(seed=fuzz_seed, number=number, data=data[:300]):
+                yield data, chance
+
+    def test_requests(self) -> None:
+        read = 0
+        for data, _ in self.cases():
+            try:
+                request = VMRequest.from_json(data)
+            except ValueError:
+                continue
+            self.assertEqual(VMRequest.from_json(request.to_json()), request)
+            read += 1
+        self.assertGreater(read, fuzz_cases // 20, "most cases must not be nonsense")
+
+    def test_container_states(self) -> None:
+        read = 0
+        for data, _ in self.cases():
+            try:
+                state = ContainerState.from_json(data)
+            except ValueError:
+                continue
+            self.assertEqual(ContainerState.from_json(state.to_json()), state)
+            read += 1
+        self.assertGreater(read, fuzz_cases // 20, "most cases must not be nonsense")
+
+    def test_answers(self) -> None:
+        for data, chance in self.cases():
+            try:
+                check_shim_response(Trickle(data, chance), max_response=1000)
+            except ShimError as error:
+                self.assertNotEqual(data, SHIM_SUCCESS)
+                self.assertEqual(error.response, data[:1001])
+                self.assertTrue(str(error) or not data.strip())
+            else:
+                self.assertEqual(data, SHIM_SUCCESS)
+
+    def test_requests_that_a_server_reads_bit_by_bit(self) -> None:
+        for data, chance in self.cases():
+            outcomes: list[VMRequest | None] = []
+            for pipe in (io.BytesIO(data), Trickle(data, chance)):
+                try:
+                    request = vmshim._read_request(pipe)  # type: ignore[arg-type]
+                    request.check()
+                    outcomes.append(request)
+                except ValueError:
+                    outcomes.append(None)
+            self.assertEqual(outcomes[0], outcomes[1])
+            if outcomes[0]:
+                self.assertEqual(VMRequest.from_json(data), outcomes[0])
+
+    def test_bombs_cost_memory_in_proportion_to_their_size(self) -> None:
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for name, bomb in bombs(10**5):
+            pipe = Trickle(bomb, random.Random(name))
+            for read in (
+                VMRequest.from_json,
+                ContainerState.from_json,
+                lambda data: check_shim_response(io.BytesIO(data)),
+                lambda data: vmshim._read_request(pipe),  # type: ignore[arg-type]
+            ):
+                with self.subTest(bomb=name):
+                    tracemalloc.clear_traces()
+                    with contextlib.suppress(ValueError, ShimError):
+                        read(bomb)
+                    self.assertLess(tracemalloc.get_traced_memory()[1], 50 * len(bomb))
+            self.assertLess(pipe.taken, vmshim.MAX_REQUEST + 5000)
+
+    def test_bombs_of_a_million_are_defused_and_none_hangs(self) -> None:
+        faulthandler.dump_traceback_later(LONG, exit=True)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        for name, bomb in bombs(10**6):
+            with self.subTest(bomb=name), contextlib.suppress(ValueError):
+                VMRequest.from_json(bomb)
+            with self.subTest(bomb=name), contextlib.suppress(ValueError):
+                ContainerState.from_json(bomb)
+
+
+@needs_pipes
+class FuzzedServerTest(ServerCase):
+    def test_server_answers_whatever_comes_and_lives_on(self) -> None:
+        carried_out: list[VMRequest] = []
+        self.start(carried_out.append)
+        for number in range(fuzz_cases // 20):
+            data = fuzzed(random.Random(f"{fuzz_seed} {number}"))
+            expected = None
+            with contextlib.suppress(ValueError):
+                request = vmshim._read_request(io.BytesIO(data))  # type: ignore[arg-type]
+                request.check()
+                expected = request
+            with self.subTest(seed=fuzz_seed, number=number, data=data[:300]):
+                carried_out.clear()
+                with dial_pipe(self.path) as pipe:
+                    pipe.deadline = time.monotonic() + LONG
+                    with contextlib.suppress(BrokenPipeError):  # it has heard enough
+                        pipe.write(data)
+                        pipe.close_write()
+                    answer = pipe.readall()
+                self.assertEqual(carried_out, [expected] if expected else [])
+                self.assertEqual(answer == SHIM_SUCCESS, expected is not None)
+                self.assertTrue(answer)
+        self.assertEqual(self.ask(wire()), SHIM_SUCCESS)
+
+
 # ---- The file itself ----------------------------------------------------------------------------
 
 
@@ -2448,4 +2634,9 @@ class FileTest(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--fuzz", type=int, default=fuzz_cases)
+    parser.add_argument("--seed", type=int, default=fuzz_seed)
+    options, rest = parser.parse_known_args()
+    fuzz_cases, fuzz_seed = options.fuzz, options.seed
+    unittest.main(argv=[sys.argv[0], *rest])
