@@ -831,6 +831,15 @@ class PipeTest(PipeCase):
             with self.assertRaises(ValueError):
                 call()
 
+    def test_what_is_no_bytes_is_not_written(self) -> None:
+        client, server = self.pair()
+        for wrong in "text", 5, 0, None:
+            with self.assertRaises(TypeError):
+                client.write(wrong)
+        self.assertEqual(client.write(b""), 0)  # which would be end of file
+        client.write(b"data")
+        self.assertEqual(server.read(), b"data")
+
     def test_buffered_reader_stands_on_it(self) -> None:
         client, server = self.pair()
         server.write(b"one\ntwo\n")
@@ -2091,7 +2100,7 @@ class RegistryCase(ServerCase):
         except PermissionError:
             self.skipTest("needs an elevated administrator to write to the registry")
         if not had_runhcs:
-            self.addCleanup(self.delete, RUNHCS)
+            self.addCleanup(self.delete_runhcs)
         self.addCleanup(self.delete_root)
 
     def exists(self, path: str) -> bool:
@@ -2108,6 +2117,10 @@ class RegistryCase(ServerCase):
     def delete(self, path: str) -> None:
         access = self.winreg.KEY_WOW64_64KEY
         self.winreg.DeleteKeyEx(self.winreg.HKEY_LOCAL_MACHINE, path, access, 0)
+
+    def delete_runhcs(self) -> None:
+        with contextlib.suppress(OSError):  # another run of this suite may be using it
+            self.delete(RUNHCS)
 
     def delete_root(self) -> None:
         with self.create(self.root_key) as key:

@@ -496,6 +496,7 @@ ERROR_PIPE_BUSY = 231
 ERROR_NO_DATA = 232
 ERROR_PIPE_NOT_CONNECTED = 233
 ERROR_MORE_DATA = 234
+ERROR_NO_MORE_ITEMS = 259
 ERROR_PIPE_CONNECTED = 535
 ERROR_OPERATION_ABORTED = 995
 ERROR_IO_INCOMPLETE = 996
@@ -774,7 +775,8 @@ class Pipe(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of `data`, as one message where the pipe has messages."""
-        return self._send(bytes(data)) if data else 0
+        message = bytes(memoryview(data))
+        return self._send(message) if message else 0
 
     def close_write(self) -> None:
         """Write a zero-length message: end of file to the reader of a message-type pipe."""
@@ -1126,8 +1128,14 @@ def _query(key: Any, name: str, kind: str) -> Any:
 
 
 def _subkeys(key: Any) -> list[str]:
-    winreg = _winreg()
-    return [winreg.EnumKey(key, index) for index in range(winreg.QueryInfoKey(key)[0])]
+    names: list[str] = []
+    while True:
+        try:
+            names.append(_winreg().EnumKey(key, len(names)))
+        except OSError as error:
+            if getattr(error, "winerror", None) != ERROR_NO_MORE_ITEMS:
+                raise
+            return names
 
 
 def _path_unescape(name: str) -> str:
