@@ -84,6 +84,7 @@ ERROR_NO_DATA = 232
 ERROR_PIPE_NOT_CONNECTED = 233
 ERROR_MORE_DATA = 234
 ERROR_PIPE_CONNECTED = 535
+STATUS_PENDING = 0x103
 
 PIPE_ACCESS_INBOUND = 1
 PIPE_ACCESS_DUPLEX = 3
@@ -791,6 +792,15 @@ class DialTest(PipeCase):
         with mock.patch.object(vmshim._kernel32, "WaitNamedPipeW", no_such_pipe):
             dial_pipe(self.path, timeout=LONG).close()
 
+    def test_wait_is_never_for_0_which_is_the_server_s_default(self) -> None:
+        self.busy()
+        wait = vmshim._kernel32.WaitNamedPipeW
+        with mock.patch.object(vmshim._kernel32, "WaitNamedPipeW", wraps=wait) as spy:
+            while not spy.called:  # the time may be over before it comes to that
+                with self.assertRaises(PipeBusyError):
+                    dial_pipe(self.path, timeout=0.0009)
+        self.assertEqual({call.args[1] for call in spy.call_args_list}, {1})
+
     def test_any_other_error_has_its_number_its_text_and_the_path(self) -> None:
         path = "\\\\.\\pipe\\" + "x" * 300
         with self.assertRaises(OSError) as caught:
@@ -964,6 +974,53 @@ class PipeTest(PipeCase):
 
         with mock.patch.object(vmshim._kernel32, "WaitForSingleObject", too_late):
             self.assertEqual(client.read(10), b"data")
+
+    def test_nothing_is_pending_after_the_deadline(self) -> None:
+        client, _ = self.pair()
+        client.deadline = 0.0
+        operation = self.read_in_vain(client, ResponseTimeoutError)
+        self.assertNotEqual(operation.Internal, STATUS_PENDING)
+
+    def test_nothing_is_pending_after_ctrl_c(self) -> None:
+        client, _ = self.pair()
+        wait = vmshim._kernel32.WaitForSingleObject
+        presses = itertools.chain([KeyboardInterrupt], itertools.repeat(mock.DEFAULT))
+        with mock.patch.object(
+            vmshim._kernel32, "WaitForSingleObject", wraps=wait, side_effect=presses
+        ):
+            operation = self.read_in_vain(client, KeyboardInterrupt)
+        self.assertNotEqual(operation.Internal, STATUS_PENDING)
+
+    def read_in_vain(self, client: Pipe, ends_in: type[BaseException]) -> Any:
+        """Read until that is raised, with a cancellation that takes its time; return the read."""
+        read_file, cancel = vmshim._kernel32.ReadFile, vmshim._kernel32.CancelIoEx
+
+        def cancel_late(handle: Any, operation: Any) -> int:
+            def late() -> None:
+                time.sleep(0.05)
+                cancel(handle, operation)
+
+            self.run_aside(late)
+            return 0
+
+        with mock.patch.object(vmshim._kernel32, "ReadFile", wraps=read_file) as spy:
+            with mock.patch.object(vmshim._kernel32, "CancelIoEx", cancel_late):
+                with self.assertRaises(ends_in):
+                    client.read(10)
+        return spy.call_args.args[-1]
+
+    def test_byte_counts_come_from_get_overlapped_result_alone(self) -> None:
+        client, server = self.pair()
+        server.write(b"answer")
+        calls: dict[str, Callable[[], object]] = {
+            "WriteFile": lambda: client.write(b"request"),
+            "ReadFile": lambda: client.read(10),
+        }
+        for name, call in calls.items():
+            function = getattr(vmshim._kernel32, name)
+            with mock.patch.object(vmshim._kernel32, name, wraps=function) as spy:
+                call()
+            self.assertIsNone(spy.call_args.args[3])
 
     def test_pipe_that_is_dropped_is_closed(self) -> None:
         client, server = self.pair()
@@ -1296,11 +1353,14 @@ class ServerCase(PipeCase):
         finally:
             client.close()
 
+    def client_threads(self) -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "vmshim client"]
+
     def join_clients(self) -> None:
         """Wait until the server is done with every client that it has."""
-        for thread in threading.enumerate():
-            if thread.name == "vmshim client":
-                thread.join(LONG)
+        for thread in self.client_threads():
+            thread.join(LONG)
+            self.assertFalse(thread.is_alive())
 
 
 def wire(id: str = "test", op: str = "create") -> bytes:
@@ -1322,14 +1382,26 @@ class ServerTest(ServerCase):
         client.write(wire())
         self.assertEqual(client.read(), b"\0OK\0")
         self.assertEqual(client.read(), b"")
-        client.write(b"still there")  # the server reads on until we close
+        client.write(b"still there")
         client.close()
+
+    def test_connection_stays_until_the_client_closes(self) -> None:
+        self.start(lambda request: None)
+        client = RawPipe.dial(self.path)
+        client.write(wire())
+        self.assertEqual(client.read_all(), SHIM_SUCCESS)
+        [serving] = self.client_threads()
+        serving.join(0.1)
+        self.assertTrue(serving.is_alive())
+        client.close()
+        serving.join(LONG)
+        self.assertFalse(serving.is_alive())
 
     def test_exception_s_text_is_the_answer_and_ends_with_the_connection(self) -> None:
         def refuse(request: VMRequest) -> None:
             raise RuntimeError("é: Not implemented")
 
-        self.start(refuse)
+        self.start(refuse, request_timeout=None)
         client = RawPipe.dial(self.path)
         client.write(wire())
         self.assertEqual(client.read(), "é: Not implemented".encode())
@@ -1481,16 +1553,34 @@ class ServerTest(ServerCase):
             if request.id == "fail":
                 raise RuntimeError("boom")
 
-        self.start(carry_out)
-        success, failure = RawPipe.dial(self.path), RawPipe.dial(self.path)
+        self.start(carry_out, request_timeout=None)
+        success, failure = dial_pipe(self.path), RawPipe.dial(self.path)
+        success.deadline = time.monotonic() + LONG
         success.write(wire())
         failure.write(wire("fail"))
         self.request()  # comes last, so the two have been carried out
         self.assertEqual(failure.read_all(), b"boom")
-        self.assertEqual(success.read(), SHIM_SUCCESS)
-        self.assertEqual(success.read(), b"")
+        self.assertEqual(success.read(100), SHIM_SUCCESS)
+        self.assertEqual(success.read(100), b"")  # the zero-length message, not the server's end
         success.close()
         failure.close()
+
+    def test_zero_length_message_is_not_written_before_the_answer_has_been_read(self) -> None:
+        written = threading.Event()
+        close_write = Pipe.close_write
+
+        def tell(pipe: Pipe) -> None:
+            written.set()
+            close_write(pipe)
+
+        with mock.patch.object(Pipe, "close_write", tell):
+            self.start(lambda request: None)
+            client = RawPipe.dial(self.path)
+            client.write(wire())
+            self.assertFalse(written.wait(0.2))
+            self.assertEqual(client.read_all(), SHIM_SUCCESS)
+            self.assertTrue(written.is_set())
+        client.close()
 
     def test_answer_can_be_read_after_the_server_has_closed(self) -> None:
         self.start(lambda request: None, request_timeout=0.2)
@@ -1518,7 +1608,8 @@ class ServerTest(ServerCase):
         for id in "first", "second":
             clients.append(RawPipe.dial(self.path))
             clients[-1].write(wire(id))
-            entered.wait(LONG)
+            clients[-1].flush()  # until the server has read it
+            self.assertTrue(entered.wait(LONG))
         for client in clients:
             client.close()
         done.set()
@@ -1832,7 +1923,7 @@ class ServerLifeCycleTest(ServerCase):
 
 # ---- Command line -------------------------------------------------------------------------------
 
-GUID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+GUID = str(uuid.uuid4())  # another each time, so that two runs of this suite don't meet
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -2443,7 +2534,8 @@ class RequestContainerTest(RegistryCase):
         self.write("my-container", self.state("my-container", GUID))
         code = readme_example("request_container")
         exec(code.replace("timeout=60", f"timeout=60, root={self.root!r}"), {})
-        exec(readme_example("vm_pipe_path"), {})
+        code = readme_example("vm_pipe_path")
+        exec(code.replace("6ba7b810-9dad-11d1-80b4-00c04fd430c8", GUID), {})
         self.assertEqual(requests, [("my-container", "unmount")] * 2)
 
 
@@ -2638,6 +2730,13 @@ class FileTest(unittest.TestCase):
         results = doctest.testmod(vmshim)
         self.assertEqual(results.failed, 0)
         self.assertGreaterEqual(results.attempted, 2)
+
+    def test_timeouts_are_by_default_two_seconds_to_connect_and_none_to_answer(self) -> None:
+        self.assertEqual(dial_pipe.__kwdefaults__, {"timeout": 2.0})
+        for call in issue_vm_request, vmshim.request_container:
+            with self.subTest(call=call.__name__):
+                self.assertEqual(call.__kwdefaults__["connect_timeout"], 2.0)
+                self.assertIsNone(call.__kwdefaults__["timeout"])
 
     def test_every_public_name_has_a_docstring(self) -> None:
         for name in vmshim.__all__:

@@ -1359,7 +1359,8 @@ class VMShimServer:
             client.thread.start()
         except BaseException:
             client.pipe.close()
-            self._clients.remove(client)
+            with self._changed:
+                self._clients.remove(client)
             raise
         # Like the reference we let one client wait for the handler, and others see busy; but not
         # for one that keeps silent.
