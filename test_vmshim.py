@@ -693,6 +693,16 @@ class BadInputTest(unittest.TestCase):
             with self.subTest(id=id, op=op), self.assertRaisesRegex(ValueError, reason):
                 issue_vm_request(new_pipe_path(), VMRequest(id, op))
 
+    def test_what_is_no_text_is_refused(self) -> None:
+        wrong: Any = b"bytes"
+        for call in (
+            lambda: dial_pipe(wrong),
+            lambda: safe_pipe_path(wrong),
+            lambda: issue_vm_request(new_pipe_path(), VMRequest(wrong, "create")),
+        ):
+            with self.assertRaisesRegex(TypeError, "is a str, not bytes"):
+                call()
+
     @unittest.skipIf(WINDOWS, "this is Windows")
     def test_call_that_needs_a_pipe_says_in_one_line_that_it_needs_windows(self) -> None:
         path = new_pipe_path()
@@ -1882,6 +1892,8 @@ class ServerLifeCycleTest(ServerCase):
         self.assertTrue(entered.wait(LONG))
         second = RawPipe.dial(self.path)
         second.write(wire("second"))
+        with server._changed:
+            self.assertTrue(server._changed.wait_for(lambda: server._waiting, LONG))
         stopping = threading.Thread(target=server.shutdown)
         stopping.start()
         self.assertEqual(silent.read_all(), b"no complete request came in time")
@@ -2050,6 +2062,32 @@ class CommandLineOnAPipeTest(ServerCase):
         self.shim(script)
         self.assertEqual(run("create", "--pipe", self.path, "a"), (130, "", ""))
         gone.set()
+
+    def test_serve_prints_each_request_until_ctrl_c(self) -> None:
+        serving = threading.Event()
+        serve_forever = VMShimServer.serve_forever
+
+        def tell(server: VMShimServer) -> None:
+            serving.set()
+            serve_forever(server)
+
+        def ask() -> None:
+            serving.wait(LONG)
+            self.request()
+            _thread.interrupt_main()
+
+        self.run_aside(ask)
+        with mock.patch.object(VMShimServer, "serve_forever", tell):
+            status, out, err = run("serve", "--pipe", self.path)
+        self.assertEqual((status, out), (130, "create test\n"))
+        self.assertEqual(err, f"serving {self.path} until Ctrl-C\n")
+
+    def test_serve_that_cannot_have_its_pipe_says_so_in_one_line(self) -> None:
+        path = self.path + "x" * 300
+        status, out, err = run("serve", "--pipe", path)
+        self.assertEqual((status, out), (3, ""))
+        self.assertTrue(err.startswith(f"{path}: "))
+        self.assertEqual(err.count("\n"), 1)
 
     def test_json_is_one_object_for_success_and_for_failure(self) -> None:
         server = self.start(lambda request: None)
@@ -2283,6 +2321,8 @@ class ContainerTest(RegistryCase):
         self.assertEqual((container.is_host, container.shim_pid), (False, -1))
         self.write("c", shim=0)
         self.assertEqual(self.read("c").shim_pid, 0)
+        self.write("empty", {})
+        self.assertEqual(self.read("empty"), vmshim.Container("empty"))
 
     def test_odd_ids_are_found_and_listed(self) -> None:
         keys = {
@@ -2364,6 +2404,12 @@ class ContainerTest(RegistryCase):
             with self.assertRaises(PermissionError) as caught:
                 self.read("c")
         self.assertEqual(caught.exception.filename, f"HKEY_LOCAL_MACHINE\\{self.root_key}\\c")
+
+    def test_list_that_breaks_off_is_no_list(self) -> None:
+        self.write("c", self.state("c"))
+        with mock.patch.object(self.winreg, "EnumKey", side_effect=PermissionError(13, "denied")):
+            with self.assertRaises(PermissionError):
+                list_containers(root=self.root)
 
 
 @needs_pipes

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
-import glob
 import json
 import os
 import platform
@@ -24,12 +23,13 @@ import threading
 import time
 import tracemalloc
 import uuid
-import zipfile
 from ctypes import wintypes
 from typing import Any, Callable, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
+
+import under_wine  # noqa: E402
 
 import vmshim  # noqa: E402  # the one beside us, wherever we are started
 
@@ -406,28 +406,9 @@ def row(what: str, ours: object, other: object, ratio: float) -> None:
     print(f"| {what} | {ours} | {other} | {ratio:.2f} |")
 
 
-def go_on_under_wine(arguments: list[str]) -> None:
-    """Unpack pywin32 into wine-python's cache and start this file again, on Windows' Python."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = os.environ.get("VMSHIM_CACHE") or os.path.join(cache, "vmshim")
-    version = platform.python_version().rpartition(".")[0]
-    folder = os.path.join(cache, f"{PYWIN32}-{version}")
-    if not os.path.exists(folder):
-        with tempfile.TemporaryDirectory() as download:
-            pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", download]
-            target = ["--only-binary=:all:", "--platform=win_amd64", "--python-version", version]
-            subprocess.run([*pip, *target, PYWIN32], check=True)
-            [wheel] = glob.glob(os.path.join(download, "*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
-    python = os.path.join(HERE, "wine-python")
-    command = [python, "--python", version, __file__, "--pywin32", "Z:" + folder, *arguments]
-    sys.exit(subprocess.run(command, check=False).returncode)
-
-
 if __name__ == "__main__":
     if sys.platform != "win32":
-        go_on_under_wine(sys.argv[1:])
+        under_wine.go_on(__file__, "--pywin32", under_wine.unpack_wheel(PYWIN32), *sys.argv[1:])
     elif sys.argv[1:2] == ["serve"]:
         serve(sys.argv[2], int(sys.argv[3]), b"x" * int(sys.argv[4]) or vmshim.SHIM_SUCCESS)
     elif sys.argv[1:2] == ["busy-client"]:

@@ -27,6 +27,8 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
+import under_wine  # noqa: E402
+
 import vmshim  # noqa: E402  # the one beside us, wherever we are started
 
 CLIENTS = 4
@@ -379,8 +381,7 @@ def main(seconds: float, seed: int) -> int:
 
 if __name__ == "__main__":
     if sys.platform != "win32":
-        python = os.path.join(HERE, "wine-python")
-        os.execv(python, [python, __file__, *sys.argv[1:]])
+        under_wine.go_on(__file__, *sys.argv[1:])
     roles = (serve, be_client, be_doomed, be_vandal)
     for role in roles:
         if sys.argv[1:2] == [role.__name__]:
