@@ -2701,7 +2701,7 @@ class FuzzTest(unittest.TestCase):
             outcomes: list[VMRequest | None] = []
             for pipe in (io.BytesIO(data), Trickle(data, chance)):
                 try:
-                    request = vmshim._read_request(pipe)  # type: ignore[arg-type]
+                    request = vmshim._read_request(pipe)
                     request.check()
                     outcomes.append(request)
                 except ValueError:
@@ -2719,7 +2719,7 @@ class FuzzTest(unittest.TestCase):
                 VMRequest.from_json,
                 ContainerState.from_json,
                 lambda data: check_shim_response(io.BytesIO(data)),
-                lambda data: vmshim._read_request(pipe),  # type: ignore[arg-type]
+                lambda data: vmshim._read_request(pipe),
             ):
                 with self.subTest(bomb=name):
                     tracemalloc.clear_traces()
@@ -2747,7 +2747,7 @@ class FuzzedServerTest(ServerCase):
             data = fuzzed(random.Random(f"{fuzz_seed} {number}"))
             expected = None
             with contextlib.suppress(ValueError):
-                request = vmshim._read_request(io.BytesIO(data))  # type: ignore[arg-type]
+                request = vmshim._read_request(io.BytesIO(data))
                 request.check()
                 expected = request
             with self.subTest(seed=fuzz_seed, number=number, data=data[:300]):

@@ -1435,7 +1435,7 @@ class _Client:
         self.answer = b"the VM shim stopped before it had carried the request out"
 
 
-def _read_request(pipe: Pipe) -> VMRequest:
+def _read_request(pipe: Readable) -> VMRequest:
     """Read one request. Raises ValueError for anything else, as soon as it can't become one."""
     received = bytearray()
     end = _JSONEnd()

@@ -25,13 +25,13 @@ import tracemalloc
 import uuid
 from ctypes import wintypes
 from typing import Any, Callable, NamedTuple
+from unittest import mock
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+import under_wine
 
-import under_wine  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import vmshim  # noqa: E402  # the one beside us, wherever we are started
+import vmshim  # the one beside us, wherever we are started
 
 PYWIN32 = "pywin32==311"
 REQUEST = vmshim.VMRequest("c8d6f0", "unmount")
@@ -66,7 +66,8 @@ def serve(path: str, instances: int, answer: bytes) -> None:
     """Answer each request as the reference does, on so many instances at once, until stdin ends."""
 
     def create_instance() -> int:
-        return kernel32.CreateNamedPipeW(path, 3, 4, 255, 4096, 4096, 0, None)  # type: ignore
+        pipe: int = kernel32.CreateNamedPipeW(path, 3, 4, 255, 4096, 4096, 0, None)
+        return pipe
 
     def answer_clients() -> None:
         buffer, count = ctypes.create_string_buffer(4096), DWORD()
@@ -354,10 +355,8 @@ def count_calls() -> dict[str, int]:
             return getattr(real, name)
 
     real = vmshim._kernel32
-    with Server(instances=4) as path:
-        vmshim._kernel32 = Counting()  # type: ignore[assignment]  # it stands in for the library
+    with Server(instances=4) as path, mock.patch.object(vmshim, "_kernel32", Counting()):
         vmshim_client(path)
-        vmshim._kernel32 = real
     return dict(counts)
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import under_wine
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COVERAGE = "coverage==7.17.3"
 
 OTHER_PLATFORM = "this is for other platforms than Windows; the suite on Linux reaches it"

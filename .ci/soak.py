@@ -24,12 +24,11 @@ import uuid
 from ctypes import wintypes
 from typing import Any
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+import under_wine
 
-import under_wine  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import vmshim  # noqa: E402  # the one beside us, wherever we are started
+import vmshim  # the one beside us, wherever we are started
 
 CLIENTS = 4
 LONG = 60.0  # seconds; longer than anything takes, unless it hangs
