@@ -974,15 +974,14 @@ class PipeTest(PipeCase):
 
     def test_operation_that_ended_before_it_was_cancelled_counts(self) -> None:
         client, server = self.pair()
-        wait = vmshim._kernel32.WaitForSingleObject
+        cancel = vmshim._kernel32.CancelIoEx
 
-        def too_late(event: Any, milliseconds: int) -> Any:
+        def too_late(handle: Any, operation: Any) -> Any:
             server.write(b"data")
-            wait(event, 10_000)
-            client.deadline = 0.0
-            return 258  # WAIT_TIMEOUT
+            return cancel(handle, operation)
 
-        with mock.patch.object(vmshim._kernel32, "WaitForSingleObject", too_late):
+        client.deadline = 0.0
+        with mock.patch.object(vmshim._kernel32, "CancelIoEx", too_late):
             self.assertEqual(client.read(10), b"data")
 
     def test_nothing_is_pending_after_the_deadline(self) -> None:
