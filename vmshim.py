@@ -1082,13 +1082,13 @@ def request_container(
     """
     VMRequest(container_id, op).check()
     container = read_container(container_id, root=root)
+    _ask_vm(container, op, connect_timeout=connect_timeout, timeout=timeout)
+
+
+def _ask_vm(container: Container, op: str, **timeouts: Any) -> None:
+    """Issue a request to a container's VM, and name the VM if its pipe isn't there."""
     try:
-        issue_vm_request(
-            container.vm_pipe_path(),
-            VMRequest(container.id, op),
-            connect_timeout=connect_timeout,
-            timeout=timeout,
-        )
+        issue_vm_request(container.vm_pipe_path(), VMRequest(container.id, op), **timeouts)
     except FileNotFoundError as error:
         error.strerror = f"VM {container.host_id} cannot be contacted"
         raise
@@ -1621,8 +1621,9 @@ def _run_request(options: argparse.Namespace) -> int:
                 pipe_path = options.pipe or vm_pipe_path(options.vm)
                 issue_vm_request(pipe_path, VMRequest(options.id, options.op), **timeouts)
             else:
-                pipe_path = read_container(options.id, root=options.root).vm_pipe_path()
-                request_container(options.id, options.op, root=options.root, **timeouts)
+                container = read_container(options.id, root=options.root)
+                pipe_path = container.vm_pipe_path()
+                _ask_vm(container, options.op, **timeouts)
     except (ShimError, LookupError, OSError) as error:
         failure = error
         print(_text(error), file=sys.stderr)

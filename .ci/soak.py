@@ -12,6 +12,7 @@ import argparse
 import collections
 import ctypes
 import gc
+import io
 import json
 import os
 import random
@@ -39,7 +40,7 @@ class Ledger:
     """Lines in a file, each of them safe from the process's death once it is written."""
 
     def __init__(self, path: str) -> None:
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  # it lives as long as the process
+        self.file = io.FileIO(path, "a")
 
     def write(self, word: str, number: str) -> None:
         self.file.write(f"{word} {number}\n".encode())
