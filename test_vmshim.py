@@ -202,9 +202,10 @@ class RawPipe:
     def read_all(self) -> bytes:
         return b"".join(iter(self.read, b""))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> int:
         if not kernel32.WriteFile(self.handle, data, len(data), vmshim.DWORD(), None):
             raise win_error()
+        return len(data)
 
     def flush(self) -> None:
         """Wait until the other end has read everything."""
@@ -233,6 +234,10 @@ def lowest_free_handle() -> int:
 
 def nothing() -> None:
     pass
+
+
+def pickled(value: Any, protocol: int) -> Any:
+    return pickle.loads(pickle.dumps(value, protocol))
 
 
 @contextlib.contextmanager
@@ -671,29 +676,27 @@ class BadInputTest(Case):
 
     def test_wrong_number_is_refused_by_the_name_of_its_parameter(self) -> None:
         path = new_pipe_path()
-        issuers: list[Callable[..., object]] = [
+        Call = Callable[..., object]
+        dial: Call = functools.partial(dial_pipe, path)
+        serve: Call = functools.partial(VMShimServer, path, print)
+        check: Call = functools.partial(check_shim_response, io.BytesIO(b"\0OK\0boom"))
+        issuers: list[Call] = [
             functools.partial(issue_vm_request, path, REQUEST),
             functools.partial(issue_container_request, "a", "create"),
         ]
-        serve = functools.partial(VMShimServer, path, print)
-        calls: list[tuple[str, Callable[..., object]]] = [
-            *(("connect_timeout", call) for call in (functools.partial(dial_pipe, path), *issuers)),
-            *(("timeout", call) for call in (functools.partial(dial_pipe, path), *issuers)),
-            ("request_timeout", serve),
+        seconds = -1, -0.001, math.nan, -math.inf
+        cases: list[tuple[str, list[Call], tuple[float, ...]]] = [
+            ("connect_timeout", [dial, *issuers], seconds),
+            ("timeout", [dial, *issuers], seconds),
+            ("request_timeout", [serve], seconds),
+            ("max_response", [check, *issuers], (3, 0, -1)),
+            ("max_clients", [serve], (0, -1)),
         ]
-        for name, call in calls:
-            for seconds in -1, -0.001, math.nan, -math.inf:
-                with self.subTest(name=name, call=call, seconds=seconds):
-                    self.assertRegex(
-                        str(self.caught(ValueError, call, **{name: seconds})), f"^{name} "
-                    )
-        check = functools.partial(check_shim_response, io.BytesIO(b"\0OK\0boom"))
-        for name, call, wrong in (
-            *(("max_response", call, n) for call in (check, *issuers) for n in (3, 0, -1)),
-            *(("max_clients", serve, n) for n in (0, -1)),
-        ):
-            with self.subTest(name=name, call=call, wrong=wrong):
-                self.assertRegex(str(self.caught(ValueError, call, **{name: wrong})), f"^{name} ")
+        for name, calls, wrongs in cases:
+            for call, wrong in itertools.product(calls, wrongs):
+                with self.subTest(name=name, call=call, wrong=wrong):
+                    error = self.caught(ValueError, call, **{name: wrong})
+                    self.assertRegex(str(error), f"^{name} must be ")
 
     def test_request_that_no_shim_may_see_is_refused(self) -> None:
         for id, op, reason in (
@@ -712,13 +715,14 @@ class BadInputTest(Case):
 
     def test_bytes_instead_of_a_text_are_refused(self) -> None:
         wrong: Any = b"bytes"
-        for call in (
+        calls: tuple[Callable[[], object], ...] = (
             lambda: dial_pipe(wrong),
             lambda: safe_pipe_path(wrong),
             lambda: vm_pipe_path(wrong),
             lambda: issue_vm_request(new_pipe_path(), VMRequest(wrong, "create")),
             lambda: VMShimServer(new_pipe_path(), print, security_descriptor=wrong),
-        ):
+        )
+        for call in calls:
             with self.assertRaisesRegex(TypeError, "must be a str, not bytes"):
                 call()
 
@@ -735,14 +739,15 @@ class BadInputTest(Case):
     @unittest.skipIf(WINDOWS, "this is Windows")
     def test_call_that_needs_windows_says_so_in_one_line(self) -> None:
         path = new_pipe_path()
-        for call in (
+        calls: tuple[Callable[[], object], ...] = (
             lambda: dial_pipe(path),
             lambda: issue_vm_request(path, REQUEST),
             lambda: VMShimServer(path, print),
             lambda: read_container("a"),
-            lambda: list_containers(),
+            list_containers,
             lambda: issue_container_request("a", "create"),
-        ):
+        )
+        for call in calls:
             error = self.caught(vmshim.NeedsWindowsError, call)
             self.assertIsInstance(error, NotSentError)
             self.assertEqual(error.errno, errno.ENOSYS)
@@ -794,7 +799,7 @@ LOOK_FIRST = "so the outcome is unknown; look at the container before you repeat
 
 
 class ErrorsTest(Case):
-    def errors(self) -> list[VMShimError]:
+    def errors(self) -> list[Exception]:
         """Return exceptions of all kinds, as this module makes them."""
         return [
             ShimError("boom\n", b"boom\n", 5),
@@ -835,7 +840,7 @@ class ErrorsTest(Case):
                     self.assertIs(type(error), kind)
                     self.assertEqual((error.errno, error.winerror), (errno_, number))
                     self.assertEqual(error.filename, PATH)
-                    self.assertRegex(error.strerror, text)
+                    self.assertRegex(str(error.strerror), text)
                     self.assertEqual(str(error), f"[WinError {number}] {error.strerror}: {PATH!r}")
 
     def test_no_text_says_try_again_where_the_outcome_is_unknown(self) -> None:
@@ -849,7 +854,7 @@ class ErrorsTest(Case):
     def test_every_error_survives_pickling_and_copying(self) -> None:
         copies: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy]
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            copies.append(lambda error, p=protocol: pickle.loads(pickle.dumps(error, p)))
+            copies.append(functools.partial(pickled, protocol=protocol))
         names = "args", "errno", "strerror", "filename", "winerror", "__dict__"
         for error in self.errors():
             for make in copies:
@@ -870,17 +875,18 @@ class ErrorsTest(Case):
             with self.subTest(kind=kind.__name__):
                 error = kind(5, "text") if issubclass(kind, OSError) else kind("text")
                 self.assertEqual(vmshim._outcome_of(error).status, status)
-        for error, status in (
-            (None, 0),
-            (ValueError(), 2),
-            (TypeError(), 2),
-            (KeyboardInterrupt(), 130),
-            (ZeroDivisionError(), 70),
-            (OSError(), 70),
-            (LookupError(), 70),
-        ):
-            with self.subTest(error=error):
-                self.assertEqual(vmshim._outcome_of(error).status, status)
+        others: dict[type[BaseException], int] = {
+            ValueError: 2,
+            TypeError: 2,
+            KeyboardInterrupt: 130,
+            ZeroDivisionError: 70,
+            OSError: 70,
+            LookupError: 70,
+        }
+        for other, status in others.items():
+            with self.subTest(kind=other.__name__):
+                self.assertEqual(vmshim._outcome_of(other()).status, status)
+        self.assertEqual(vmshim._outcome_of(None).status, 0)
 
     def test_outcome_is_what_the_exception_says(self) -> None:
         for outcome in vmshim._OUTCOMES:
@@ -1009,8 +1015,8 @@ class RequestTest(Case):
 
     def test_op_is_its_wire_text_in_every_kind_of_format(self) -> None:
         op = VMRequestOp.CREATE_CONTAINER
-        texts = [str(op), f"{op}", f"{op!s}", "%s" % op, format(op), op + "", f"{op:>8}".strip()]
-        self.assertEqual(texts, ["create"] * 7)
+        texts = [str(op), f"{op}", f"{op!s}", format(op), op + ""]
+        self.assertEqual(texts, ["create"] * 5)
         self.assertEqual(f"{op:>8}", "  create")
 
     def test_request_is_immutable(self) -> None:
@@ -1081,7 +1087,7 @@ NO_STATES = [
     '{"created":"2019-05-01T01:02:03.Z"}',
     '{"created":"2019-05-01T01:02:03Z\\n"}',
     '{"created":"2019-05-01T01:02:03+1:00"}',
-    '{"created":"٢٠19-05-01T01:02:03Z"}',
+    '{"created":"2019-05-01T01:02:0\u0663Z"}',
     '{"created":"x","created":"2019-05-01T01:02:03Z"}',
     '{"\u017ftatus":5}',
     '{"created":5}',
@@ -1174,7 +1180,7 @@ class RecordsTest(Case):
         annotated = STATE._replace(annotations={"a": "b"})
         for record in REQUEST, VMRequest("", "x"), ContainerState(), annotated, Container("a"):
             for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-                other = pickle.loads(pickle.dumps(record, protocol))
+                other = pickled(record, protocol)
                 self.assertEqual((other, type(other)), (record, type(record)))
             for other in copy.copy(record), copy.deepcopy(record), record._replace():
                 self.assertEqual((other, type(other)), (record, type(record)))
@@ -1678,7 +1684,7 @@ class PipeTest(PipeCase):
         client, _ = self.pair()
         reader = self.while_another_thread("ReadFile", lambda: client.read(10), ValueError)
         with failing("CreateEventW", 8):
-            self.assertEqual(self.caught(OSError, client.write, b"x").winerror, 8)
+            self.assertEqual(winerror(self.caught(OSError, client.write, b"x")), 8)
         client.close()
         reader.join(LONG)
 
@@ -1851,7 +1857,7 @@ class ExchangeTest(PipeCase):
                 self.assertEqual(self.refusal().message, "piece " * 500)
 
     def test_response_of_a_mebibyte_is_read_and_a_longer_one_is_cut_off(self) -> None:
-        def respond(pipe: RawPipe) -> None:
+        def respond(pipe: RawPipe, size: int, step: int) -> None:
             pipe.read()
             with contextlib.suppress(OSError):
                 for begin in range(0, size, step):
@@ -1860,7 +1866,7 @@ class ExchangeTest(PipeCase):
         for size in MEBIBYTE, MEBIBYTE + 1, 4 * MEBIBYTE:
             for mode in PIPE_TYPE_BYTE, PIPE_TYPE_MESSAGE:
                 for step in 4096, size:
-                    self.fake_shim(respond, mode=mode)
+                    self.fake_shim(functools.partial(respond, size=size, step=step), mode=mode)
                     error = self.refusal()
                     self.assertEqual(len(error.response), min(size, MEBIBYTE + 1))
                     self.assertEqual("is longer than" in str(error), size > MEBIBYTE)
@@ -2188,8 +2194,8 @@ class ContainerTest(RegistryCase):
         self.write_container("none", shim=1)
         self.write_container("text", "{}", kind="REG_SZ")
         for id in "none", "text":
-            error = self.caught(ContainerNotFoundError, self.read, id)
-            self.assertRegex(str(error), f"'state' is not present for ID '{id}'")
+            missing = self.caught(ContainerNotFoundError, self.read, id)
+            self.assertRegex(str(missing), f"'state' is not present for ID '{id}'")
 
     def test_broken_entries_are_logged_and_hide_no_others(self) -> None:
         for number, state in enumerate(BROKEN_STATES):
@@ -2261,7 +2267,7 @@ class ContainerRequestTest(RegistryCase):
         error = self.caught(PipeNotFoundError, self.issue_for, "c")
         self.assertEqual(error.strerror, "VM vm of c cannot be contacted")
         self.assertEqual((error.filename, error.winerror), (vm_pipe_path(guid), 2))
-        self.assertEqual(repr(pickle.loads(pickle.dumps(error))), repr(error))
+        self.assertEqual(repr(pickled(error, 4)), repr(error))
 
     def test_limits_are_passed_on(self) -> None:
         guid = str(uuid.uuid4())
@@ -2696,7 +2702,7 @@ class SecurityTest(ServerCase):
 
     def test_descriptor_is_given_to_the_first_instance_alone(self) -> None:
         with spying("CreateNamedPipeW") as calls:
-            server = self.start_server(security_descriptor="D:(A;;GA;;;WD)")
+            self.start_server(security_descriptor="D:(A;;GA;;;WD)")
             self.issue()
         first, *others = (call[-1] for call in calls)
         self.assertIsInstance(first, vmshim.SECURITY_ATTRIBUTES)
@@ -2764,7 +2770,7 @@ class ManyClientsTest(ServerCase):
         self.assertTrue(handler.entered.wait(LONG))
         second = self.dial_and_write(wire("second"))
         self.wait_until_busy()
-        for connect_timeout in *[0] * 20, 0.2:
+        for connect_timeout in [0] * 20 + [0.2]:
             self.caught(PipeBusyError, self.issue, connect_timeout=connect_timeout)
         handler.go_on.set()
         self.issue(connect_timeout=LONG)
@@ -3137,24 +3143,20 @@ class LifeCycleTest(ServerCase):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-class FullStream(io.TextIOBase):
-    """A stream to which nothing can be written."""
+class FullStream(io.TextIOWrapper):
+    """A stream like Python's own stdout, to a device that is full."""
 
     def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def reconfigure(self, **options: Any) -> None:
+        # It flushes first.
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def closed_stream() -> io.TextIOWrapper:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     stream.close()
-    return stream
-
-
-def full_wrapper() -> io.TextIOWrapper:
-    """Return a stream like Python's own stdout, to a device that is full."""
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    setattr(stream, "flush", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
     return stream
 
 
@@ -3266,7 +3268,11 @@ class CommandLineTest(Case):
             (KeyError("x"), 70),
             (KeyboardInterrupt(), 130),
         ]
-        streams = (lambda: None), FullStream, closed_stream, full_wrapper
+        streams: list[Callable[[], Any]] = [
+            lambda: None,
+            closed_stream,
+            lambda: FullStream(io.BytesIO()),
+        ]
         for failure, expected in failures:
             for make in streams:
                 for more in (), ("--json",):
@@ -3808,16 +3814,28 @@ class FileTest(Case):
         self.assertEqual(results.failed, 0)
         self.assertGreaterEqual(results.attempted, 2)
 
-    def test_timeouts_are_by_default_two_seconds_to_connect_and_none_to_respond(self) -> None:
-        for call in dial_pipe, issue_vm_request, issue_container_request:
-            with self.subTest(call=call.__name__):
-                defaults = call.__kwdefaults__
-                self.assertEqual((defaults["connect_timeout"], defaults["timeout"]), (2.0, None))
-        for call in check_shim_response, issue_vm_request, issue_container_request:
-            self.assertEqual(call.__kwdefaults__["max_response"], MEBIBYTE)
+    def test_each_keyword_has_its_documented_default(self) -> None:
+        defaults: dict[str, object] = {
+            "connect_timeout": 2.0,
+            "timeout": None,
+            "max_response": MEBIBYTE,
+            "request_timeout": 10.0,
+            "max_clients": 64,
+            "security_descriptor": None,
+            "root": "default",
+        }
+        calls: tuple[Any, ...] = (
+            dial_pipe,
+            check_shim_response,
+            issue_vm_request,
+            issue_container_request,
+            VMShimServer.__init__,
+        )
+        for call in calls:
+            for name, default in call.__kwdefaults__.items():
+                with self.subTest(call=call.__qualname__, name=name):
+                    self.assertEqual(default, defaults[name])
         self.assertEqual((vmshim.MAX_REQUEST, vmshim.MAX_RESPONSE), (MEBIBYTE, MEBIBYTE))
-        defaults = VMShimServer.__init__.__kwdefaults__
-        self.assertEqual((defaults["request_timeout"], defaults["max_clients"]), (10.0, 64))
 
     def test_every_public_name_has_its_text_in_the_help(self) -> None:
         for name in vmshim.__all__:
