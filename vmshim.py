@@ -3,16 +3,33 @@
 """Talk to a runhcs VM shim from Python, with nothing to install.
 
 On Windows, Microsoft's hcsshim runs containers inside utility VMs. Each VM is owned by a VM shim,
-a process that listens on a named pipe, takes one JSON request a connection and answers with four
+a process that listens on a named pipe, takes one JSON request a connection and responds with four
 bytes for success or with an error's text. This module is both ends of that protocol in one file:
 
     from vmshim import VMRequest, VMRequestOp, issue_vm_request, vm_pipe_path
 
     pipe_path = vm_pipe_path("6ba7b810-9dad-11d1-80b4-00c04fd430c8")
-    issue_vm_request(pipe_path, VMRequest("my-container", VMRequestOp.UNMOUNT_CONTAINER))
+    request = VMRequest("my-container", VMRequestOp.UNMOUNT_CONTAINER)
+    issue_vm_request(pipe_path, request, timeout=60)
 
-The names are those of hcsshim's internal/runhcs (v0.9.6). It imports on every platform; a call
-that needs a pipe needs Windows. `python vmshim.py --help` tells about the command line.
+Protocol names are those of hcsshim v0.9.6, called "the reference" below. This module can be
+imported on every platform; opening a pipe or the registry needs Windows. For the command line see
+`python vmshim.py --help`.
+
+One exchange, and who waits for whom:
+
+    client                                    VM shim
+    ------                                    -------
+    open the pipe; busy: try again            offer an instance of the pipe
+    write one JSON object and a newline  -->  read to the object's end
+                                              carry the request out
+    read to end of file                  <--  write 00 4F 4B 00, or the error's text and close
+                                         <--  after a success, write a message of length zero
+    close                                -->  read until the client has closed, then close
+
+Constants: SAFE_PIPE_PREFIX is the prefix of the pipe names that only an elevated administrator can
+create. SHIM_SUCCESS is the whole response of a shim that succeeded. MAX_REQUEST and MAX_RESPONSE
+are the limits, in bytes, of what a server and a client read.
 """
 
 from __future__ import annotations
@@ -20,72 +37,87 @@ from __future__ import annotations
 import ctypes
 import errno
 import io
-import json
 import math
 import os
-import re
 import sys
 import time
 import uuid
-from collections import deque
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Tuple
 
-# What a request doesn't need is imported where it is used: it takes longer than all of the above.
+# Modules that a plain request does not need are imported inside functions: they are slow to load.
 if TYPE_CHECKING:
     import argparse
     import subprocess
-    import threading
-    from types import TracebackType
-    from typing import Callable, ContextManager, Iterator, Protocol, Sequence
+    from collections import OrderedDict, deque
+    from queue import SimpleQueue
+    from types import FrameType, TracebackType
+    from typing import Callable, Generator, NoReturn, Optional, Protocol, Sequence
 
     class Readable(Protocol):
         """What check_shim_response() reads: a pipe, a file, a BytesIO."""
 
         def read(self, size: int, /) -> bytes | None: ...
 
+    _Task = Generator[Optional["_Operation"], Any, None]
 
-__version__ = "0.1.0"
+
+__version__ = "0.2.0"
 __all__ = [
+    "ConnectionLostError",
     "Container",
+    "ContainerNotFoundError",
     "ContainerState",
+    "ContainerStateError",
+    "MAX_REQUEST",
+    "MAX_RESPONSE",
+    "NeedsWindowsError",
+    "NotSentError",
+    "OperationCancelledError",
+    "OutcomeUnknownError",
     "Pipe",
+    "PipeAccessError",
     "PipeBusyError",
+    "PipeNotFoundError",
+    "PipeOpenError",
+    "RegistryError",
     "ResponseTimeoutError",
     "SAFE_PIPE_PREFIX",
     "SHIM_SUCCESS",
     "ShimError",
     "VMRequest",
     "VMRequestOp",
+    "VMShimError",
     "VMShimServer",
     "check_shim_response",
     "dial_pipe",
+    "issue_container_request",
     "issue_vm_request",
     "list_containers",
     "read_container",
-    "request_container",
     "safe_pipe_path",
     "shim_pipe_path",
     "vm_pipe_path",
 ]
 
 
-# ---- Names and paths --------------------------------------------------------------------------
+# ---- Names and paths ----------------------------------------------------------------------------
 
 SAFE_PIPE_PREFIX = "\\\\.\\pipe\\ProtectedPrefix\\Administrators\\"
-"""Where only an elevated administrator can create pipes (hcsshim: SafePipePrefix)."""
+"""Prefix of the pipe names that only an elevated administrator can create (SafePipePrefix)."""
 
-_UNESCAPED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~$&+=:@")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_PIPE_PATH = re.compile(r"\\\\[^\\]+\\pipe\\[^\0]+", re.IGNORECASE)
+_LOCAL_PIPE_PREFIX = "\\\\.\\pipe\\"
+_NOT_ESCAPED = frozenset(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~$&+=:@"
+)
 
 
 def safe_pipe_path(name: str) -> str:
     """Return the path of the protected pipe `name` (hcsshim: SafePipePath).
 
-    The name is escaped byte for byte as by Go's url.PathEscape. Raises ValueError if it holds a
+    The name is escaped byte for byte as by Go's url.PathEscape. Raises ValueError if it has a
     lone surrogate.
 
     >>> safe_pipe_path("a b")
@@ -112,14 +144,25 @@ def shim_pipe_path(unique_id: uuid.UUID | str) -> str:
 
 
 def _path_escape(what: str, name: str) -> str:
-    """Escape a name as Go's url.PathEscape does."""
+    """Escape a name as Go's url.PathEscape does; `what` is what an error calls it."""
     _check_text(what, name)
-    return "".join(chr(byte) if byte in _UNESCAPED else f"%{byte:02X}" for byte in name.encode())
+    return "".join(chr(byte) if byte in _NOT_ESCAPED else f"%{byte:02X}" for byte in name.encode())
+
+
+def _path_unescape(name: str) -> str:
+    """Unescape a name as Go's url.PathUnescape does, and refuse what it refuses."""
+    import re
+    from urllib.parse import unquote
+
+    if re.search("%(?![0-9A-Fa-f]{2})", name):
+        raise ValueError(f"{name!r} has a % without two hexadecimal digits after it")
+    return unquote(name, errors="strict")
 
 
 def _parse_guid(guid: uuid.UUID | str) -> uuid.UUID:
     if isinstance(guid, uuid.UUID):
         return guid
+    _check_text("GUID", guid)
     try:
         parsed = uuid.UUID(guid)
     except ValueError:
@@ -132,45 +175,533 @@ def _parse_guid(guid: uuid.UUID | str) -> uuid.UUID:
 
 def _check_text(what: str, text: str) -> None:
     if not isinstance(text, str):
-        raise TypeError(f"a {what} is a str, not {type(text).__name__}")
-    if _SURROGATE.search(text):
-        raise ValueError(f"{what} {text!a} holds a lone surrogate, which UTF-8 can't carry")
+        raise TypeError(f"a {what} must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {text!a} has a lone surrogate, which UTF-8 can't carry") from None
 
 
 def _check_pipe_path(path: str) -> None:
     _check_text("pipe path", path)
-    if not _PIPE_PATH.fullmatch(path):
-        raise ValueError(f"{path!r} is no pipe path (\\\\.\\pipe\\NAME or \\\\SERVER\\pipe\\NAME)")
+    parts = path.split("\\", 4)
+    if (
+        len(parts) < 5
+        or parts[:2] != ["", ""]
+        or not parts[2]
+        or parts[3].lower() != "pipe"
+        or not parts[4]
+        or "\0" in path
+    ):
+        raise ValueError(
+            f"not a pipe path: {path!r} (expected \\\\.\\pipe\\NAME or \\\\SERVER\\pipe\\NAME)"
+        )
+    # Windows takes a path that begins with \\?\ as it is.
+    if parts[2] == "?":
+        return
+    if "/" in path or any(not part or part[-1] in ". " for part in parts[4].split("\\")):
+        raise ValueError(
+            f"not a pipe path: Windows would change {path!r} before it looks for the pipe; a name "
+            "must have no /, and no part of it may be empty or end in a dot or a space"
+        )
 
 
-# ---- Messages ---------------------------------------------------------------------------------
+def _check_local_pipe_path(path: str) -> None:
+    _check_pipe_path(path)
+    if not path.lower().startswith(_LOCAL_PIPE_PREFIX):
+        raise ValueError(
+            f"a pipe can only be served on this host: {path!r} is not \\\\.\\pipe\\NAME"
+        )
+
+
+# ---- Errors -------------------------------------------------------------------------------------
+
+
+class VMShimError(Exception):
+    """Base of all that this module raises for a request, beyond ValueError and TypeError.
+
+    There are three kinds, and they tell whether the request may be repeated:
+
+    - ShimError: the shim refused it;
+    - NotSentError: nothing was sent, so repeating is safe;
+    - OutcomeUnknownError: it may have been carried out, or may be later; look before repeating.
+    """
+
+
+class ShimError(VMShimError):
+    """The shim refused the request; str() gives its error text. A server's handler raises it, too.
+
+    `message` is the text as it came, `response` the bytes of the response, and `exit_code` that of
+    the shim's process where check_shim_response() was given one, otherwise None.
+    """
+
+    def __init__(self, message: str, response: bytes = b"", exit_code: int | None = None) -> None:
+        super().__init__(message, response, exit_code)
+        self.message = message
+        self.response = response
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return self.message.rstrip("\r\n")
+
+
+class NotSentError(VMShimError):
+    """Nothing was sent, so repeating the request is safe."""
+
+
+class OutcomeUnknownError(VMShimError):
+    """The request may have been carried out, or may be later: look at the container first."""
+
+
+class _PipeError(OSError):
+    """An OSError with all four of errno, strerror, filename and winerror, through pickling too."""
+
+    winerror: int
+
+    def __init__(self, number: int, text: str, path: str | None = None, winerror: int = 0) -> None:
+        super().__init__(number, text, path)
+        self.winerror = winerror
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errno, self.strerror, self.filename, self.winerror)
+
+    def __str__(self) -> str:
+        number = f"[WinError {self.winerror}] " if self.winerror else ""
+        path = "" if self.filename is None else f": {self.filename!r}"
+        return f"{number}{self.strerror}{path}"
+
+
+class NeedsWindowsError(NotSentError, _PipeError):
+    """A pipe or the registry is needed, and this is not Windows."""
+
+
+class PipeOpenError(NotSentError, _PipeError):
+    """The pipe can't be opened or created; `winerror` tells why."""
+
+
+class PipeNotFoundError(PipeOpenError, FileNotFoundError):
+    """Nobody listens on the pipe."""
+
+
+class PipeAccessError(PipeOpenError, PermissionError):
+    """Windows denies access to the pipe, or, to a server, the name."""
+
+
+class PipeBusyError(PipeOpenError, TimeoutError):
+    """No instance of the pipe came free in time.
+
+    A VM's pipe exists before the VM has booted, so this may also mean "still booting".
+    """
+
+
+class RegistryError(NotSentError, _PipeError):
+    """The registry can't be read; `filename` is the key."""
+
+
+class ContainerNotFoundError(NotSentError, LookupError):
+    """runhcs knows no such container, or it runs in no VM."""
+
+
+class ContainerStateError(NotSentError, ValueError):
+    """What runhcs stored of the container is broken."""
+
+
+class ResponseTimeoutError(OutcomeUnknownError, _PipeError, TimeoutError):
+    """The exchange didn't end in time."""
+
+
+class ConnectionLostError(OutcomeUnknownError, _PipeError, BrokenPipeError):
+    """The connection ended before the exchange had."""
+
+
+class OperationCancelledError(OutcomeUnknownError, _PipeError, ConnectionAbortedError):
+    """Pipe.cancel() in another thread ended the operation."""
+
+
+ERROR_FILE_NOT_FOUND = 2
+ERROR_ACCESS_DENIED = 5
+ERROR_NETNAME_DELETED = 64
+ERROR_BROKEN_PIPE = 109
+ERROR_SEM_TIMEOUT = 121
+ERROR_PIPE_BUSY = 231
+ERROR_NO_DATA = 232
+ERROR_PIPE_NOT_CONNECTED = 233
+ERROR_MORE_DATA = 234
+WAIT_TIMEOUT = 258
+ERROR_NO_MORE_ITEMS = 259
+ERROR_PIPE_CONNECTED = 535
+ERROR_OPERATION_ABORTED = 995
+ERROR_IO_INCOMPLETE = 996
+ERROR_IO_PENDING = 997
+
+_LOOK_FIRST = "so the outcome is unknown; look at the container before you repeat the request"
+_LOST = (ConnectionLostError, errno.EPIPE, f"the connection to the shim was lost, {_LOOK_FIRST}")
+
+# By what was going on and by the Win32 error: the exception, its errno, and what str() says.
+_OPEN_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
+    ERROR_FILE_NOT_FOUND: (
+        PipeNotFoundError,
+        errno.ENOENT,
+        "no shim listens there; check the ID, and that the VM is running",
+    ),
+    ERROR_ACCESS_DENIED: (
+        PipeAccessError,
+        errno.EACCES,
+        "access denied; run this as an elevated administrator",
+    ),
+    ERROR_PIPE_BUSY: (
+        PipeBusyError,
+        errno.ETIMEDOUT,
+        "the pipe stayed busy, so nothing was sent; try again later, the VM may still be booting",
+    ),
+}
+_NAME_TAKEN = (
+    PipeAccessError,
+    errno.EACCES,
+    "the name is taken by another server, or needs an elevated administrator",
+)
+_SERVE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
+    ERROR_ACCESS_DENIED: _NAME_TAKEN,
+    # A server that has all the instances that it allows answers so, before the name is looked at.
+    ERROR_PIPE_BUSY: _NAME_TAKEN,
+}
+_EXCHANGE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
+    WAIT_TIMEOUT: (
+        ResponseTimeoutError,
+        errno.ETIMEDOUT,
+        f"the exchange did not end in time, {_LOOK_FIRST}",
+    ),
+    ERROR_BROKEN_PIPE: _LOST,
+    ERROR_NETNAME_DELETED: _LOST,
+    ERROR_NO_DATA: _LOST,
+    ERROR_PIPE_NOT_CONNECTED: _LOST,
+    ERROR_OPERATION_ABORTED: (
+        OperationCancelledError,
+        errno.ECONNABORTED,
+        f"the operation was cancelled, {_LOOK_FIRST}",
+    ),
+}
+
+
+def _open_error(winerror: int, path: str) -> _PipeError:
+    """Return the exception for a pipe that a client can't open."""
+    return _win32_error(_OPEN_ERRORS, PipeOpenError, winerror, path)
+
+
+def _serve_error(winerror: int, path: str) -> _PipeError:
+    """Return the exception for a pipe that a server can't create."""
+    return _win32_error(_SERVE_ERRORS, PipeOpenError, winerror, path)
+
+
+def _exchange_error(winerror: int, path: str) -> _PipeError:
+    """Return the exception for an open pipe that fails."""
+    return _win32_error(_EXCHANGE_ERRORS, ConnectionLostError, winerror, path)
+
+
+def _win32_error(
+    known: Mapping[int, tuple[type[_PipeError], int, str]],
+    kind: type[_PipeError],
+    winerror: int,
+    path: str,
+) -> _PipeError:
+    if winerror in known:
+        kind, number, text = known[winerror]
+        return kind(number, text, path, winerror)
+    text = f"Win32 error {winerror}"
+    if sys.platform == "win32":
+        text = ctypes.FormatError(winerror).strip() or text
+    if issubclass(kind, OutcomeUnknownError):
+        text += f"; {_LOOK_FIRST}"
+    return kind(errno.EIO, text, path, winerror)
+
+
+class _Outcome(NamedTuple):
+    """How a command may end."""
+
+    status: int
+    """The exit status."""
+    outcome: str
+    """What the JSON line says: done, refused, not-sent or unknown."""
+    errors: tuple[type[BaseException], ...]
+    """The exceptions that end a command so."""
+    meaning: str
+    advice: str
+
+
+# In the order in which an exception is looked up: the first that fits.
+_OUTCOMES = (
+    _Outcome(0, "done", (), "done", ""),
+    _Outcome(
+        1, "refused", (ShimError,), "the shim refused; its text is on stderr", "act on the text"
+    ),
+    _Outcome(
+        4,
+        "not-sent",
+        (PipeAccessError,),
+        "access denied; nothing was sent",
+        "run it as an elevated administrator",
+    ),
+    _Outcome(
+        5,
+        "not-sent",
+        (PipeBusyError,),
+        "the pipe stayed busy; nothing was sent",
+        "try again; the VM may still be booting",
+    ),
+    _Outcome(
+        3,
+        "not-sent",
+        (NotSentError,),
+        "no such container or VM, or nobody listens there; nothing was sent",
+        "check the ID, and that the VM is running",
+    ),
+    _Outcome(
+        6,
+        "unknown",
+        (OutcomeUnknownError,),
+        "no response in time, an empty one, or the connection was lost: the outcome is unknown",
+        "look at the container before you repeat the request",
+    ),
+    _Outcome(
+        2,
+        "not-sent",
+        (ValueError, TypeError),
+        "wrong arguments; nothing was sent",
+        "correct the call",
+    ),
+    _Outcome(
+        130,
+        "unknown",
+        (KeyboardInterrupt,),
+        "Ctrl-C; if the request was under way, its outcome is unknown",
+        "look at the container before you repeat the request",
+    ),
+    _Outcome(
+        70,
+        "unknown",
+        (BaseException,),
+        "a bug in vmshim; the traceback is on stderr",
+        "look at the container, and report the bug",
+    ),
+)
+
+
+def _outcome_of(error: BaseException | None) -> _Outcome:
+    """Return how a command ends that raised `error`, or nothing."""
+    if error is None:
+        return _OUTCOMES[0]
+    return next(outcome for outcome in _OUTCOMES if isinstance(error, outcome.errors))
+
+
+# ---- JSON as Go's encoding/json writes and reads it ---------------------------------------------
+# Python's json differs from Go's: it escapes other characters, merges duplicate keys, and accepts
+# NaN. Differences that remain: Python reads JSON nested about 1,000 deep where Go reads 10,000.
+
+_JSON_SPACE = " \t\r\n"
+
+# How Go's encoder escapes characters.
+_GO_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x20), *b"<>&", 0x2028, 0x2029)}
+_GO_ESCAPES.update(
+    {ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r", ord('"'): r"\"", ord("\\"): r"\\"}
+)
+
+
+class _Object(List[Tuple[str, Any]]):
+    """A JSON object's members, in order and with duplicates: pairs of key and value."""
+
+
+def _go_string(text: str) -> str:
+    return f'"{text.translate(_GO_ESCAPES)}"'
+
+
+def _go_object(members: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{_go_string(key)}:{value}" for key, value in members.items()) + "}"
+
+
+def _decode_first(data: bytes | str) -> tuple[Any, str]:
+    """Return the first JSON value in `data`, and the text after it."""
+    import json
+
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_Object, parse_int=_parse_int, parse_constant=_refuse_constant
+    )
+    # For each byte that isn't UTF-8 Go puts a U+FFFD; _read_string() puts it for a surrogate.
+    text = data if isinstance(data, str) else data.decode("utf-8", "surrogateescape")
+    text = text.lstrip(_JSON_SPACE)
+    try:
+        value, end = decoder.raw_decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    return value, text[end:]
+
+
+def _decode_only(data: bytes | str) -> Any:
+    """Return the one JSON value that `data` is."""
+    value, rest = _decode_first(data)
+    if rest.strip(_JSON_SPACE):
+        raise ValueError(f"unexpected {rest[:20]!r} after the JSON value")
+    return value
+
+
+def _parse_int(digits: str) -> float:
+    # More than 19 digits and a sign never fit an int64. Return a float, which _read_integer()
+    # refuses, because int() takes quadratic time.
+    return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_string(key: str, value: Any) -> str:
+    import re
+
+    _check_type(key, value, str, "a string")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)
+
+
+def _read_integer(key: str, value: Any) -> int:
+    _check_type(key, value, int, "a 64-bit integer")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{key} must be a 64-bit integer")
+    return int(value)
+
+
+def _read_bool(key: str, value: Any) -> bool:
+    _check_type(key, value, bool, "a bool")
+    return bool(value)
+
+
+def _read_guid(key: str, value: Any) -> uuid.UUID:
+    return _parse_guid(_read_string(key, value))
+
+
+def _read_strings(key: str, value: Any) -> dict[str, str]:
+    _check_type(key, value, _Object, "an object")
+    return {
+        _read_string("a key", name): "" if text is None else _read_string(f"{key}[{name!r}]", text)
+        for name, text in value
+    }
+
+
+def _check_type(key: str, value: Any, kind: type, what: str) -> None:
+    # Not isinstance: a bool is an int to Python, and an _Object a list; neither is to Go.
+    if type(value) is not kind:
+        raise ValueError(f"{key} must be {what}")
+
+
+def _read_time(key: str, value: Any) -> tuple[datetime, int]:
+    """Return the datetime and the nanoseconds that it can't hold."""
+    import re
+
+    text = _read_string(key, value)
+    match = re.fullmatch(
+        r"(\d{4})-(\d\d)-(\d\d)T(\d{1,2}):(\d\d):(\d\d)(?:[.,](\d+))?(?:Z|([+-])(\d\d):(\d\d))",
+        text,
+        re.ASCII,
+    )
+    if not match:
+        raise ValueError(f"{key} must be an RFC 3339 time, not {text[:40]!r}")
+    *whole, fraction, sign, hours, minutes = match.groups()
+    digits = (fraction or "").ljust(9, "0")
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+    year, month, day, hour, minute, second = map(int, whole)
+    zone = timezone(-offset if sign == "-" else offset)
+    moment = datetime(year, month, day, hour, minute, second, int(digits[:6]), zone)
+    return moment, int(digits[6:9])
+
+
+def _go_time(moment: datetime, nanosecond: int) -> str:
+    text = moment.isoformat(timespec="seconds")
+    whole, zone = text[:19], text[19:]
+    fraction = f"{moment.microsecond:06}{nanosecond:03}".rstrip("0")
+    return whole + (f".{fraction}" if fraction else "") + ("Z" if zone == "+00:00" else zone)
+
+
+class _Field(NamedTuple):
+    """A field of a record, the key that it has in JSON, and how it is read from there."""
+
+    name: str
+    key: str
+    read: Callable[[str, Any], Any]
+    doc: str
+
+
+def _read_members(value: Any, fields: Sequence[_Field]) -> dict[str, Any]:
+    """Return an object's members by the names of their fields.
+
+    As in Go, the case of a key doesn't matter, unknown keys and nulls are skipped, and the last
+    duplicate wins. null instead of an object is an empty one.
+    """
+    if value is None:
+        return {}
+    _check_type("the JSON value", value, _Object, "an object")
+    known = {field.key.lower(): field for field in fields}
+    members = {}
+    for key, member in value:
+        # Besides upper and lower case Go takes the long s, U+017F, for an s.
+        field = known.get(key.lower().replace("\u017f", "s"))
+        if field and member is not None:
+            members[field.name] = field.read(key, member)
+    if "created" in members:
+        members["created"], members["created_nanosecond"] = members["created"]
+    return members
+
+
+def _document(record: type, fields: Sequence[_Field]) -> None:
+    """Give each field of a named tuple its text in help()."""
+    for field in fields:
+        getattr(record, field.name).__doc__ = field.doc
+
+
+# ---- Messages -----------------------------------------------------------------------------------
 
 SHIM_SUCCESS = b"\0OK\0"
-"""The whole of a successful answer (hcsshim: ShimSuccess)."""
-
-# What Go's encoder escapes in a string, in the form in which it does.
-_GO_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x20), *b"<>&", 0x2028, 0x2029)}
-_GO_ESCAPES.update({ord(char): f"\\{as_}" for char, as_ in zip('\t\n\r"\\', 'tnr"\\')})
+"""The whole response of a shim that succeeded (hcsshim: ShimSuccess)."""
+MAX_REQUEST = 1 << 20
+"""The longest request that a server reads, in bytes."""
+MAX_RESPONSE = 1 << 20
+"""The longest response that a client reads unless a call says otherwise, in bytes."""
 
 
 class VMRequestOp(str, Enum):
-    """What a VM shim can do to a container (hcsshim: VMRequestOp)."""
+    """What a VM shim can do to a container (hcsshim: VMRequestOp).
+
+    - CREATE_CONTAINER, "create": create the container in the VM (OpCreateContainer);
+    - SYNC_NAMESPACE, "sync": sync its network namespace (OpSyncNamespace), to which the reference
+      always responds "Not implemented";
+    - UNMOUNT_CONTAINER, "unmount": take its file systems out of the VM (OpUnmountContainer);
+    - UNMOUNT_CONTAINER_DISK_ONLY, "unmount-disk": take only its disks out of the VM
+      (OpUnmountContainerDiskOnly).
+
+    A member is its wire text, also in an f-string.
+    """
 
     CREATE_CONTAINER = "create"
-    """Create the container in the VM (OpCreateContainer)."""
     SYNC_NAMESPACE = "sync"
-    """Sync its network namespace (OpSyncNamespace); the reference answers "Not implemented"."""
     UNMOUNT_CONTAINER = "unmount"
-    """Take its file systems out of the VM (OpUnmountContainer)."""
     UNMOUNT_CONTAINER_DISK_ONLY = "unmount-disk"
-    """Take only its disks out of the VM (OpUnmountContainerDiskOnly)."""
+
+    def __str__(self) -> str:
+        return self.value
+
+    def __format__(self, format_spec: str) -> str:
+        return self.value.__format__(format_spec)
 
 
+_REQUEST_FIELDS = (
+    _Field("id", "ID", _read_string, "The container's ID."),
+    _Field("op", "Op", _read_string, "What to do: a VMRequestOp, or the text of an unknown op."),
+)
+
+
+# A base class, because typing.NamedTuple allows no __new__.
 class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
     """One request to a VM shim: a container's ID and what to do to it (hcsshim: VMRequest).
 
-    `op` is a VMRequestOp or its wire text. Like the reference's, a VMRequest can hold an unknown
-    op (it stays a plain str) or an empty ID; neither is ever sent or handed to a handler.
+    `op` is a VMRequestOp or its wire text. Like the reference's, a VMRequest can have an unknown
+    op, which stays a plain str, or an empty ID: from_json() must be able to return what a client
+    sent. Neither is ever sent or handed to a handler.
     """
 
     __slots__ = ()
@@ -183,14 +714,18 @@ class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
             pass
         return super().__new__(cls, id, op)
 
+    @classmethod
+    def _make(cls, iterable: Any) -> VMRequest:
+        """Make a request from an ID and an op; _replace() calls this, too."""
+        return cls(*iterable)
+
     def check(self) -> None:
         """Raise ValueError if the ID is empty or has a lone surrogate, or if the op is unknown."""
         _check_text("container ID", self.id)
         if not self.id:
             raise ValueError("the container ID is empty")
         if not isinstance(self.op, VMRequestOp):
-            known = ", ".join(op.value for op in VMRequestOp)
-            raise ValueError(f"unknown op {self.op!r}; a VM shim knows {known}")
+            raise ValueError(f"unknown op {self.op!r}; a VM shim knows {', '.join(VMRequestOp)}")
 
     def to_json(self) -> bytes:
         """Return the request as it goes over the wire, newline included.
@@ -206,37 +741,47 @@ class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
 
         Raises ValueError if that value isn't an object, is broken, or has a member of a wrong type.
         """
-        members = _read_members(_go_value(data)[0], {"id": ("id", str), "op": ("op", str)})
+        members = _read_members(_decode_first(data)[0], _REQUEST_FIELDS)
         return cls(members.get("id", ""), members.get("op", ""))
 
 
+_document(VMRequest, _REQUEST_FIELDS)
+
 _NEVER = datetime(1, 1, 1, tzinfo=timezone.utc)
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", re.ASCII)
+_CREATED = "When it was created, an aware datetime; 0001-01-01T00:00:00Z means never."
+_NANOSECOND = "The last three digits of that time, 0 to 999 ns, which a datetime can't hold."
+
+_STATE_FIELDS = (
+    _Field("version", "ociVersion", _read_string, "The OCI version."),
+    _Field("id", "id", _read_string, "The container's ID."),
+    _Field("init_process_pid", "pid", _read_integer, "The pid of its init process; -1: unknown."),
+    _Field(
+        "status", "status", _read_string, "created, running, paused, stopped, unknown, or empty."
+    ),
+    _Field("bundle", "bundle", _read_string, "The path of its bundle."),
+    _Field("rootfs", "rootfs", _read_string, "The path of its root file system."),
+    _Field("created", "created", _read_time, _CREATED),
+    _Field("annotations", "annotations", _read_strings, "Its annotations, by their names."),
+    _Field("owner", "owner", _read_string, "Who created it, such as runhcs.exe."),
+)
 
 
 class ContainerState(NamedTuple):
-    """What `runhcs state` and `runhcs list` tell of a container (hcsshim: ContainerState)."""
+    """A container's status, as `runhcs state` prints it (hcsshim: ContainerState).
+
+    `runhcs list --format json` prints an array of these.
+    """
 
     version: str = ""
-    """The OCI version, ociVersion in JSON."""
     id: str = ""
-    """The container's ID."""
     init_process_pid: int = 0
-    """The pid of its init process, pid in JSON; -1 if unknown."""
     status: str = ""
-    """created, running, paused, stopped, unknown, or empty."""
     bundle: str = ""
-    """The path of its bundle."""
     rootfs: str = ""
-    """The path of its root file system."""
     created: datetime = _NEVER
-    """When it was created, an aware datetime; 0001-01-01T00:00:00Z is "never"."""
     annotations: Mapping[str, str] = MappingProxyType({})
-    """Its annotations."""
     owner: str = ""
-    """Who created it, such as runhcs.exe."""
     created_nanosecond: int = 0
-    """The nanoseconds below a microsecond of `created`, 0 to 999."""
 
     def to_json(self) -> bytes:
         """Return the state as compact JSON, byte for byte as the reference writes it.
@@ -247,21 +792,18 @@ class ContainerState(NamedTuple):
         if self.created.tzinfo is None:
             raise ValueError("created has no time zone")
         if not 0 <= self.created_nanosecond <= 999:
-            raise ValueError(f"created_nanosecond is {self.created_nanosecond}, not 0 to 999")
-        annotations = {key: _go_string(text) for key, text in sorted(self.annotations.items())}
-        members = {
-            "ociVersion": _go_string(self.version),
-            "id": _go_string(self.id),
-            "pid": str(int(self.init_process_pid)),
-            "status": _go_string(self.status),
-            "bundle": _go_string(self.bundle),
-            "rootfs": _go_string(self.rootfs),
-            "created": _go_string(_format_time(self.created, self.created_nanosecond)),
-            "annotations": _go_object(annotations),
-            "owner": _go_string(self.owner),
-        }
-        if not annotations:
-            del members["annotations"]
+            raise ValueError(f"created_nanosecond must be 0 to 999, not {self.created_nanosecond}")
+        members = {}
+        for name, key, *_ in _STATE_FIELDS:
+            value = getattr(self, name)
+            if name == "created":
+                members[key] = _go_string(_go_time(value, self.created_nanosecond))
+            elif name == "annotations":
+                if value:
+                    texts = {key: _go_string(text) for key, text in sorted(value.items())}
+                    members[key] = _go_object(texts)
+            else:
+                members[key] = _go_string(value) if isinstance(value, str) else str(int(value))
         return _go_object(members).encode()
 
     @classmethod
@@ -269,164 +811,20 @@ class ContainerState(NamedTuple):
         """Read one container's state as Go's decoder does.
 
         Raises ValueError if it is broken, has a member of a wrong type, or a time that isn't
-        RFC 3339 or that a datetime can't hold.
+        RFC 3339. Go's decoder differs in this: it also takes an offset of 24 hours, refuses a time
+        that is written with escapes, and merges the annotations if that key comes twice.
         """
-        fields = _read_members(
-            _whole_go_value(data),
-            {
-                "ociversion": ("version", str),
-                "id": ("id", str),
-                "pid": ("init_process_pid", int),
-                "status": ("status", str),
-                "bundle": ("bundle", str),
-                "rootfs": ("rootfs", str),
-                "created": ("created", str),
-                "annotations": ("annotations", _Object),
-                "owner": ("owner", str),
-            },
-        )
-        if "created" in fields:
-            fields["created"], fields["created_nanosecond"] = _parse_time(fields["created"])
-        if "annotations" in fields:
-            fields["annotations"] = {
-                _clean(key): "" if text is None else _expect(str, "an annotation", text)
-                for key, text in fields["annotations"]
-            }
-        return cls(**fields)
+        return cls(**_read_members(_decode_only(data), _STATE_FIELDS))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default annotations can be neither pickled nor copied.
+        return type(self), tuple(self._replace(annotations=dict(self.annotations)))
 
 
-def _format_time(time: datetime, nanosecond: int) -> str:
-    text = time.isoformat(timespec="seconds")
-    whole, zone = text[:19], text[19:]
-    fraction = f"{time.microsecond:06}{nanosecond:03}".rstrip("0")
-    return whole + (f".{fraction}" if fraction else "") + ("Z" if zone == "+00:00" else zone)
-
-
-def _parse_time(text: str) -> tuple[datetime, int]:
-    match = _RFC3339.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text[:40]!r} is no RFC 3339 time")
-    whole, fraction, zone = match.groups()
-    digits = (fraction or "").ljust(9, "0")
-    # strptime rather than fromisoformat, which takes hour 24 from Python 3.13 on.
-    time = datetime.strptime(whole + zone, "%Y-%m-%dT%H:%M:%S%z")
-    return time.replace(microsecond=int(digits[:6])), int(digits[6:9])
-
-
-# JSON as Go's encoding/json writes and reads it. What Python's json module does otherwise: other
-# characters are escaped, duplicate keys and their order are lost, and NaN is a number.
-
-_JSON_SPACE = " \t\r\n"
-
-
-class _Object(List[Tuple[str, Any]]):
-    """A JSON object's members, in order and with duplicates: pairs of key and value."""
-
-
-def _go_string(text: str) -> str:
-    return f'"{text.translate(_GO_ESCAPES)}"'
-
-
-def _go_object(members: Mapping[str, str]) -> str:
-    return "{" + ",".join(f"{_go_string(key)}:{value}" for key, value in members.items()) + "}"
-
-
-def _go_int(digits: str) -> float:
-    # An int64 has 19 digits at the most; int() takes quadratic time over a million of them.
-    return int(digits) if len(digits) <= 20 else float(digits)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_Object, parse_int=_go_int, parse_constant=_no_constant
+_document(
+    ContainerState,
+    (*_STATE_FIELDS, _Field("created_nanosecond", "", _read_integer, _NANOSECOND)),
 )
-
-
-def _go_value(data: bytes | str) -> tuple[Any, str]:
-    """Return the first JSON value in `data` and the text after it."""
-    # Go puts a U+FFFD for each byte that isn't UTF-8; surrogateescape marks them for _clean().
-    text = data if isinstance(data, str) else data.decode("utf-8", "surrogateescape")
-    text = text.lstrip(_JSON_SPACE)
-    try:
-        value, end = _decoder.raw_decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    return value, text[end:]
-
-
-def _whole_go_value(data: bytes | str) -> Any:
-    """Return the JSON value that `data` is."""
-    value, rest = _go_value(data)
-    if rest.strip(_JSON_SPACE):
-        raise ValueError(f"unexpected {rest[:20]!r} after the JSON value")
-    return value
-
-
-def _read_members(value: Any, known: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object's known members, by the name that `known` has for each in lower case.
-
-    Go ignores the case of a key, unknown keys, and a null, and takes the last of several.
-    """
-    members = {}
-    for key, member in [] if value is None else _expect(_Object, "the JSON value", value):
-        name, kind = known.get(key.casefold(), ("", None))
-        if name and member is not None:
-            members[name] = _expect(kind, key, member)
-    return members
-
-
-_JSON_NAMES = {str: "a string", int: "a 64-bit integer", bool: "a bool", _Object: "an object"}
-
-
-def _expect(kind: Any, key: str, value: Any) -> Any:
-    # A bool is an int to Python, and an object a list; neither is to Go.
-    if type(value) is not kind or (kind is int and not -(2**63) <= value < 2**63):
-        raise ValueError(f"{key} must be {_JSON_NAMES[kind]}")
-    return _clean(value) if kind is str else value
-
-
-def _clean(text: str) -> str:
-    return _SURROGATE.sub("\ufffd", text)
-
-
-# ---- Errors and the answer --------------------------------------------------------------------
-
-MAX_RESPONSE = 1 << 20
-"""The longest answer that is read unless a call says otherwise, in bytes."""
-
-
-class ShimError(Exception):
-    """The shim answered, and not with success: str() is the error's text.
-
-    `message` is that text as it came, `response` the answer's bytes, and `exit_code` that of the
-    shim's process where check_shim_response() was given one, otherwise None.
-    """
-
-    def __init__(self, message: str, response: bytes = b"", exit_code: int | None = None) -> None:
-        super().__init__(message, response, exit_code)
-        self.message = message
-        self.response = response
-        self.exit_code = exit_code
-
-    def __str__(self) -> str:
-        return self.message.rstrip("\r\n")
-
-
-class PipeBusyError(TimeoutError):
-    """No instance of the pipe came free in time: nothing was sent, and trying again is safe.
-
-    A VM's pipe exists before the VM has booted, so this may also mean "still booting".
-    """
-
-
-class ResponseTimeoutError(TimeoutError):
-    """The exchange didn't end in time: the request may or may not be carried out, now or later.
-
-    Don't repeat it blindly; look at the container's state first.
-    """
 
 
 def check_shim_response(
@@ -435,42 +833,54 @@ def check_shim_response(
     *,
     max_response: int = MAX_RESPONSE,
 ) -> None:
-    """Read a shim's answer to the end and return if it is success (hcsshim: GetErrorFromPipe).
+    """Read a shim's response to the end and return if it is success (hcsshim: GetErrorFromPipe).
 
-    `pipe` is anything with read(); `max_response` limits the answer, in bytes. Raises ShimError
-    for any other answer, also for none and for one beyond the limit, and whatever reading raises.
-    In all these cases `process`, if given, is killed and reaped first.
+    `pipe` is anything with read(); `max_response` limits the response, in bytes. Raises ShimError
+    if the response is anything else, empty, or too long; errors of pipe.read() pass through. On
+    every error `process`, if given, is killed and waited for first.
     """
     try:
         response = _read_response(pipe, max_response)
         if response == SHIM_SUCCESS:
             return
+        exit_code = _kill(process) if process is not None else None
+        raise _refusal(response, max_response, exit_code)
     except BaseException:
+        # Ctrl-C may have come while the process was being killed.
         if process is not None:
             _kill(process)
         raise
-    exit_code = _kill(process) if process is not None else None
+
+
+def _read_response(pipe: Readable, limit: int) -> bytes:
+    """Read to end of file, or to the first byte beyond the limit."""
+    _check_max_response(limit)
+    response = bytearray()
+    while len(response) <= limit:
+        chunk = pipe.read(min(limit + 1 - len(response), 65536))
+        if chunk is None:
+            raise BlockingIOError(errno.EAGAIN, "pipe.read() returned None: it must be blocking")
+        if not chunk:
+            break
+        response += chunk
+    return bytes(response)
+
+
+def _check_max_response(limit: int) -> None:
+    if limit < len(SHIM_SUCCESS):
+        raise ValueError(f"max_response must be at least {len(SHIM_SUCCESS)}, not {limit!r}")
+
+
+def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimError:
+    """Return the exception for a response that isn't success."""
     message = response.decode("utf-8", "replace")
     if not response:
         message = "unknown shim failure"
         if exit_code is not None:
             message += f", exit code {exit_code}"
-    elif len(response) > max_response:
-        message = f"the answer is longer than {max_response} bytes; it begins: {message[:200]}"
-    raise ShimError(message, response, exit_code)
-
-
-def _read_response(pipe: Readable, limit: int) -> bytes:
-    """Read to end of file, or to the first byte beyond the limit."""
-    response = bytearray()
-    while len(response) <= limit:
-        chunk = pipe.read(min(limit + 1 - len(response), 65536))
-        if chunk is None:
-            raise BlockingIOError(errno.EAGAIN, "the pipe is non-blocking")
-        if not chunk:
-            break
-        response += chunk
-    return bytes(response)
+    elif len(response) > limit:
+        message = f"the response is longer than {limit} bytes; it begins: {message[:200]}"
+    return ShimError(message, response, exit_code)
 
 
 def _kill(process: subprocess.Popen[Any]) -> int:
@@ -478,29 +888,16 @@ def _kill(process: subprocess.Popen[Any]) -> int:
     return process.wait()
 
 
-# ---- Win32 ------------------------------------------------------------------------------------
+# ---- Win32 --------------------------------------------------------------------------------------
 # https://learn.microsoft.com/windows/win32/ipc/named-pipes
 
-# As in ctypes.wintypes, whose import would add a third to that of this file.
+# Copied from ctypes.wintypes: importing that would make this module's import a third slower.
 BOOL = ctypes.c_long
 DWORD = ctypes.c_ulong
 HANDLE = LPVOID = LPCVOID = ctypes.c_void_p
 LPDWORD = ctypes.POINTER(DWORD)
 LPCWSTR = ctypes.c_wchar_p
-
-ERROR_FILE_NOT_FOUND = 2
-ERROR_ACCESS_DENIED = 5
-ERROR_BROKEN_PIPE = 109
-ERROR_SEM_TIMEOUT = 121
-ERROR_PIPE_BUSY = 231
-ERROR_NO_DATA = 232
-ERROR_PIPE_NOT_CONNECTED = 233
-ERROR_MORE_DATA = 234
-ERROR_NO_MORE_ITEMS = 259
-ERROR_PIPE_CONNECTED = 535
-ERROR_OPERATION_ABORTED = 995
-ERROR_IO_INCOMPLETE = 996
-ERROR_IO_PENDING = 997
+ULONG_PTR = ctypes.c_size_t
 
 GENERIC_READ = 0x80000000
 GENERIC_WRITE = 0x40000000
@@ -515,60 +912,71 @@ PIPE_TYPE_MESSAGE = 0x00000004
 PIPE_READMODE_BYTE = 0x00000000
 PIPE_REJECT_REMOTE_CLIENTS = 0x00000008
 PIPE_UNLIMITED_INSTANCES = 255
+SDDL_REVISION_1 = 1
 
 INVALID_HANDLE_VALUE = ctypes.c_void_p(-1).value
-WAIT_TIMEOUT = 0x00000102
-
-_SLICE = 0.1  # seconds; a wait inside Windows doesn't see Ctrl-C, so none lasts longer
+STATUS_PENDING = 0x00000103
+INFINITE = 0xFFFFFFFF
 
 
 class OVERLAPPED(ctypes.Structure):
-    """The kernel's record of one operation under way."""
+    """Windows' record of one operation under way."""
 
     _fields_ = [
-        ("Internal", ctypes.c_size_t),
-        ("InternalHigh", ctypes.c_size_t),
+        ("Internal", ULONG_PTR),
+        ("InternalHigh", ULONG_PTR),
         ("Offset", DWORD),
         ("OffsetHigh", DWORD),
         ("hEvent", HANDLE),
     ]
 
 
-class _Handle(ctypes.c_void_p):
-    """A kernel handle, closed by close() or with the last reference to it."""
+class SECURITY_ATTRIBUTES(ctypes.Structure):
+    """Who may open what is being created."""
 
-    error = 0  # Win32's reason why there is no handle
+    _fields_ = [
+        ("nLength", DWORD),
+        ("lpSecurityDescriptor", LPVOID),
+        ("bInheritHandle", BOOL),
+    ]
 
-    def close(self) -> None:
-        if not self.error and self.value is not None:
-            _kernel32.CloseHandle(self)
-        self.value = None
 
-    __del__ = close
-
+LPOVERLAPPED = ctypes.POINTER(OVERLAPPED)
 
 if sys.platform == "win32":
     _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    _advapi32 = ctypes.WinDLL("advapi32", use_last_error=True)
 
-    def _error(succeeded: bool, function: Any, arguments: Any) -> int:
-        return 0 if succeeded else ctypes.get_last_error()
+    def _finaliser(function: str) -> Any:
+        """Return a __del__ that passes the object to a function of kernel32.
 
-    def _handle(handle: _Handle, function: Any, arguments: Any) -> _Handle:
-        if handle.value in (None, INVALID_HANDLE_VALUE):
-            handle.error = ctypes.get_last_error()
-        return handle
+        It is C code from end to end. One in Python could be cut short by Ctrl-C, or swallow it.
+        """
+        # Of a library of its own, whose calls leave ctypes.get_last_error() alone.
+        free = getattr(ctypes.WinDLL("kernel32"), function)
+        free.argtypes = (LPVOID,)
+        bind = ctypes.pythonapi.PyInstanceMethod_New
+        bind.restype = ctypes.py_object
+        bind.argtypes = (ctypes.py_object,)
+        return bind(free)
 
-    def _prototype(name: str, restype: Any, *argtypes: Any) -> None:
-        """Declare a function: instead of a BOOL it returns the Win32 error, 0 for none."""
-        function = getattr(_kernel32, name)
+    class _Handle(ctypes.c_void_p):
+        """A kernel handle. It is closed, once, when the last reference to it goes."""
+
+        __del__ = _finaliser("CloseHandle")
+
+    class _SecurityDescriptor(ctypes.c_void_p):
+        """A security descriptor in memory that Windows has allocated, freed like a handle."""
+
+        __del__ = _finaliser("LocalFree")
+
+    def _prototype(library: ctypes.WinDLL, name: str, restype: Any, *argtypes: Any) -> None:
+        function = getattr(library, name)
         function.restype = restype
         function.argtypes = argtypes
-        if restype is BOOL:
-            function.errcheck = _error
-        elif restype is _Handle:
-            function.errcheck = _handle
 
     _prototype(
+        _kernel32,
         "CreateFileW",
         _Handle,
         LPCWSTR,  # lpFileName
@@ -580,12 +988,14 @@ if sys.platform == "win32":
         HANDLE,  # hTemplateFile
     )
     _prototype(
+        _kernel32,
         "WaitNamedPipeW",
         BOOL,
         LPCWSTR,  # lpNamedPipeName
         DWORD,  # nTimeOut, in milliseconds
     )
     _prototype(
+        _kernel32,
         "CreateNamedPipeW",
         _Handle,
         LPCWSTR,  # lpName
@@ -595,38 +1005,43 @@ if sys.platform == "win32":
         DWORD,  # nOutBufferSize
         DWORD,  # nInBufferSize
         DWORD,  # nDefaultTimeOut
-        LPVOID,  # lpSecurityAttributes
+        ctypes.POINTER(SECURITY_ATTRIBUTES),  # lpSecurityAttributes
     )
     _prototype(
+        _kernel32,
         "ConnectNamedPipe",
         BOOL,
         HANDLE,  # hNamedPipe
-        ctypes.POINTER(OVERLAPPED),  # lpOverlapped
+        LPOVERLAPPED,  # lpOverlapped
     )
     _prototype(
+        _kernel32,
         "ReadFile",
         BOOL,
         HANDLE,  # hFile
         LPVOID,  # lpBuffer
         DWORD,  # nNumberOfBytesToRead
         LPDWORD,  # lpNumberOfBytesRead
-        ctypes.POINTER(OVERLAPPED),  # lpOverlapped
+        LPOVERLAPPED,  # lpOverlapped
     )
     _prototype(
+        _kernel32,
         "WriteFile",
         BOOL,
         HANDLE,  # hFile
         LPCVOID,  # lpBuffer
         DWORD,  # nNumberOfBytesToWrite
         LPDWORD,  # lpNumberOfBytesWritten
-        ctypes.POINTER(OVERLAPPED),  # lpOverlapped
+        LPOVERLAPPED,  # lpOverlapped
     )
     _prototype(
+        _kernel32,
         "FlushFileBuffers",
         BOOL,
         HANDLE,  # hFile
     )
     _prototype(
+        _kernel32,
         "CreateEventW",
         _Handle,
         LPVOID,  # lpEventAttributes
@@ -635,118 +1050,246 @@ if sys.platform == "win32":
         LPCWSTR,  # lpName
     )
     _prototype(
-        "WaitForSingleObject",
-        DWORD,
-        HANDLE,  # hHandle
-        DWORD,  # dwMilliseconds
-    )
-    _prototype(
-        "GetOverlappedResult",
+        _kernel32,
+        "GetOverlappedResultEx",
         BOOL,
         HANDLE,  # hFile
-        ctypes.POINTER(OVERLAPPED),  # lpOverlapped
+        LPOVERLAPPED,  # lpOverlapped
         LPDWORD,  # lpNumberOfBytesTransferred
-        BOOL,  # bWait
+        DWORD,  # dwMilliseconds
+        BOOL,  # bAlertable
     )
     _prototype(
+        _kernel32,
         "CancelIoEx",
         BOOL,
         HANDLE,  # hFile
-        ctypes.POINTER(OVERLAPPED),  # lpOverlapped
+        LPOVERLAPPED,  # lpOverlapped
     )
     _prototype(
-        "CloseHandle",
+        _kernel32,
+        "CreateIoCompletionPort",
+        HANDLE,  # not a _Handle: it may be the existing port, which must not be closed
+        HANDLE,  # FileHandle
+        HANDLE,  # ExistingCompletionPort
+        ULONG_PTR,  # CompletionKey
+        DWORD,  # NumberOfConcurrentThreads
+    )
+    _prototype(
+        _kernel32,
+        "GetQueuedCompletionStatus",
         BOOL,
-        HANDLE,  # hObject
+        HANDLE,  # CompletionPort
+        LPDWORD,  # lpNumberOfBytesTransferred
+        ctypes.POINTER(ULONG_PTR),  # lpCompletionKey
+        ctypes.POINTER(LPVOID),  # lpOverlapped
+        DWORD,  # dwMilliseconds
+    )
+    _prototype(
+        _kernel32,
+        "PostQueuedCompletionStatus",
+        BOOL,
+        HANDLE,  # CompletionPort
+        DWORD,  # dwNumberOfBytesTransferred
+        ULONG_PTR,  # dwCompletionKey
+        LPOVERLAPPED,  # lpOverlapped
+    )
+    _prototype(
+        _advapi32,
+        "ConvertStringSecurityDescriptorToSecurityDescriptorW",
+        BOOL,
+        LPCWSTR,  # StringSecurityDescriptor
+        DWORD,  # StringSDRevision
+        ctypes.POINTER(_SecurityDescriptor),  # SecurityDescriptor
+        LPDWORD,  # SecurityDescriptorSize
     )
 else:
 
     class _NeedsWindows:
         def __getattr__(self, function: str) -> Any:
-            if function.startswith("__"):  # somebody looks what this is
+            # pydoc, pickle and mock look for names with two underscores.
+            if function.startswith("__"):
                 raise AttributeError(function)
-            raise OSError(errno.ENOSYS, f"a runhcs pipe needs Windows, and this is {sys.platform}")
+            raise NeedsWindowsError(
+                errno.ENOSYS, f"a runhcs pipe needs Windows, and this is {sys.platform}"
+            )
 
-    _kernel32 = _NeedsWindows()
+    _kernel32 = _advapi32 = _NeedsWindows()
 
+    class _Handle(ctypes.c_void_p):
+        """A kernel handle, which only Windows has."""
 
-_PIPE_ERRORS: Mapping[int, tuple[type[OSError], int, str]] = {
-    ERROR_FILE_NOT_FOUND: (
-        FileNotFoundError,
-        errno.ENOENT,
-        "no shim listens there; check the ID, and that the VM is running",
-    ),
-    ERROR_ACCESS_DENIED: (
-        PermissionError,
-        errno.EACCES,
-        "access denied; it takes an elevated administrator, and to serve, a name that is free",
-    ),
-    ERROR_PIPE_BUSY: (
-        PipeBusyError,
-        errno.ETIMEDOUT,
-        "the pipe stayed busy, so nothing was sent; try again later, the VM may still be booting",
-    ),
-    WAIT_TIMEOUT: (
-        ResponseTimeoutError,
-        errno.ETIMEDOUT,
-        "no answer in time, so the outcome is unknown; look at the container before you try again",
-    ),
-    ERROR_BROKEN_PIPE: (
-        BrokenPipeError,
-        errno.EPIPE,
-        "the other end is gone; check that the shim is running, and try again",
-    ),
-    ERROR_NO_DATA: (
-        BrokenPipeError,
-        errno.EPIPE,
-        "the other end left without reading; check that the shim is running, and try again",
-    ),
-    ERROR_PIPE_NOT_CONNECTED: (
-        BrokenPipeError,
-        errno.EPIPE,
-        "the other end cut the connection and its answer is lost, so the outcome is unknown; "
-        "look at the container before you try again",
-    ),
-}
+    class _SecurityDescriptor(ctypes.c_void_p):
+        """A security descriptor, which only Windows has."""
 
 
-def _pipe_error(winerror: int, path: str) -> OSError:
-    """Return the exception for a Win32 error on a pipe."""
-    if winerror in _PIPE_ERRORS:
-        kind, number, text = _PIPE_ERRORS[winerror]
-        error = kind(number, text, path, winerror)
-        error.errno = number  # Windows' Python derives one from winerror, EINVAL for half of these
-        return error
-    text = "the pipe failed"
+def _last_error() -> int:
+    """Return the Win32 error of this thread's last call that failed."""
     if sys.platform == "win32":
-        text = ctypes.FormatError(winerror).strip()
-    return OSError(None, text, path, winerror)
+        return ctypes.get_last_error()
+    return 0
 
 
-def _deadline(timeout: float | None) -> float:
-    """Return the monotonic time at which a timeout in seconds is over."""
-    if timeout is None:
-        return math.inf
-    if not timeout >= 0:
-        raise ValueError(f"a timeout is a number of seconds from 0 up, or None, not {timeout!r}")
-    return time.monotonic() + timeout
+# ---- Pipe ---------------------------------------------------------------------------------------
+
+_SLICE = 0.1
+"""The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
+ignores Ctrl-C."""
+_CHUNK = 65536
+"""The most that is read at once, in bytes."""
+
+_under_way: set[_Operation] = set()
+"""The operations that Windows may still write to: it keeps their memory, come what may."""
+
+
+class _Operation:
+    """One overlapped operation, and all that Windows may write to while it is under way.
+
+    A client waits for its end with wait(); the server gets it from a completion port.
+    """
+
+    __slots__ = ("_cancelled", "arguments", "count", "event", "function", "handle", "overlapped")
+
+    def __init__(
+        self, handle: _Handle | None, function: str, *arguments: Any, event: _Handle | None = None
+    ) -> None:
+        self.handle = handle
+        self.function = function
+        self.arguments = arguments
+        self.event = event
+        self.overlapped = OVERLAPPED(hEvent=event and event.value)
+        self.count = DWORD()
+        self._cancelled = False
+
+    def start(self) -> int:
+        """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
+        _under_way.add(self)
+        start = getattr(_kernel32, self.function)
+        if start(self.handle, *self.arguments, self.overlapped):
+            return 0
+        error = _last_error()
+        if error in (ERROR_MORE_DATA, ERROR_IO_PENDING):
+            return 0
+        # Windows leaves Internal at STATUS_PENDING, although nothing is pending.
+        self.overlapped.Internal = 0
+        return error
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end. Return its Win32 error, or one of _UNFINISHED if the time is over."""
+        milliseconds = math.ceil(seconds * 1000)
+        if _kernel32.GetOverlappedResultEx(
+            self.handle, self.overlapped, self.count, milliseconds, False
+        ):
+            return 0
+        return _last_error()
+
+    def is_pending(self) -> bool:
+        return bool(self.overlapped.Internal == STATUS_PENDING)
+
+    def end(self) -> None:
+        """Cancel it if it is pending, and wait until Windows has let go of its memory.
+
+        Ctrl-C may interrupt this; then it can be called again.
+        """
+        if self.is_pending():
+            cancelled_before, self._cancelled = self._cancelled, True
+            # CancelIoEx fails if nothing is pending, as after a start that failed at once and
+            # whose result was lost to Ctrl-C. Waiting for that would take for ever.
+            if _kernel32.CancelIoEx(self.handle, self.overlapped):
+                while self.is_pending():
+                    self.wait(_SLICE)
+            elif cancelled_before and self.is_pending():
+                return  # The first CancelIoEx may have succeeded: keep the memory.
+        _under_way.discard(self)
+
+    def release(self) -> None:
+        """Give the handle back, which tracebacks would keep open otherwise."""
+        self.handle = None
+
+
+_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
+
+
+class _Flush:
+    """A FlushFileBuffers under way: it blocks its thread and has no timeout, so it has a thread."""
+
+    def __init__(self, handle: _Handle) -> None:
+        from queue import SimpleQueue
+
+        self._handle = handle
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._begun = False
+        self._done = False
+        self._cancelled = False
+
+    def start(self) -> None:
+        import _thread
+
+        _thread.start_new_thread(self._flush, ())
+
+    def _flush(self) -> None:
+        self._begun = True
+        try:
+            if not self._cancelled:
+                _kernel32.FlushFileBuffers(self._handle)
+        finally:
+            self._done = True
+            self._ended.put(None)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the other end has read everything or has gone; return whether it has."""
+        if not self._done:
+            _get(self._ended, seconds)
+        return self._done
+
+    def end(self) -> None:
+        """Cancel it and everything else on its handle, and wait until its thread has ended."""
+        self._cancelled = True
+        while self._begun and not self._done:
+            # Again and again, because the thread may not have called FlushFileBuffers yet.
+            _kernel32.CancelIoEx(self._handle, None)
+            self.wait(0.01)
+
+
+def _get(queue: SimpleQueue[Any], seconds: float) -> Any:
+    """Return the next item of a queue, or None if there is none in time."""
+    from queue import Empty
+
+    try:
+        return queue.get(timeout=seconds)
+    except Empty:
+        return None
+
+
+def _check_timeout(name: str, seconds: float | None) -> None:
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"{name} must be a number of seconds from 0 up, or None, not {seconds!r}")
+
+
+def _deadline(seconds: float | None) -> float:
+    """Return the time.monotonic() at which a timeout is over."""
+    return math.inf if seconds is None else time.monotonic() + seconds
 
 
 class Pipe(io.RawIOBase):
     """One end of a named pipe, as a raw binary file (go-winio: the net.Conn of DialPipe).
 
-    Reads and writes may go on at the same time in two threads. Each raises ResponseTimeoutError
-    once time.monotonic() is past `deadline` (math.inf, as at first, is no limit) and
-    BrokenPipeError when the other end has gone; where that only closed its end, read() gets the
-    rest of the data and then end of file.
+    One thread may read while another writes. `deadline` is a time.monotonic() value; math.inf, as
+    at first, means no limit. An operation that hasn't ended by then raises ResponseTimeoutError.
+    If the other end closes, read() returns the remaining data, then b"". If it disconnects, or has
+    gone when write() comes, ConnectionLostError is raised.
     """
 
     deadline = math.inf
 
+    # io.RawIOBase's finaliser would call close(), Python code in which a Ctrl-C would be lost. The
+    # handle has a finaliser of its own, so this one does nothing.
+    __del__ = object.__init__
+
     def __init__(self, handle: _Handle, path: str) -> None:
         self.name = path
-        self._handle = handle
-        self._idle_signals = [handle]
+        self._handle: _Handle | None = handle
+        self._operations: list[_Operation | _Flush] = []
         self._at_end = False
 
     def readable(self) -> bool:
@@ -757,21 +1300,31 @@ class Pipe(io.RawIOBase):
         """Return True."""
         return True
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return what there is, at most `size` bytes, or wait for the first of it.
+
+        b"" is end of file. Without a size, read to end of file.
+        """
+        if size is None or size < 0:
+            return self.readall() or b""
+        if size == 0 or self._at_end:
+            return b""
+        buffer = (ctypes.c_char * min(size, _CHUNK))()
+        error, count = self._run("ReadFile", buffer, len(buffer), None)
+        if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
+            count = 0
+        elif error not in (0, ERROR_MORE_DATA):
+            raise _exchange_error(error, self.name)
+        # A zero-length message is end of file, like the other end's close.
+        self._at_end = count == 0 and error != ERROR_MORE_DATA
+        return ctypes.string_at(buffer, count)
+
     def readinto(self, buffer: Any) -> int:
-        """Read what there is, or wait for the first of it; 0 is end of file."""
+        """Read into a buffer what there is, or wait for the first of it; 0 is end of file."""
         view = memoryview(buffer).cast("B")
-        if self._at_end or not view:
-            return 0
-        target = (ctypes.c_char * len(view)).from_buffer(view)
-        error, count = self._run(_kernel32.ReadFile, target, len(view), None)
-        if error in (0, ERROR_MORE_DATA):
-            # A zero-length message reads as 0 bytes and is the end, like the other end's closing.
-            self._at_end = error == 0 and count == 0
-            return count
-        if error == ERROR_BROKEN_PIPE:
-            self._at_end = True
-            return 0
-        raise _pipe_error(error, self.name)
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def write(self, data: Any) -> int:
         """Write all of `data`, as one message where the pipe has messages."""
@@ -779,134 +1332,144 @@ class Pipe(io.RawIOBase):
         return self._send(message) if message else 0
 
     def close_write(self) -> None:
-        """Write a zero-length message: end of file to the reader of a message-type pipe."""
+        """Write a zero-length message: end of file to the reader of a message-type pipe.
+
+        Windows drops such a message that comes while data is still unread, so this waits first
+        until the other end has read everything. If it doesn't in time, the pipe is closed.
+        """
+        flush = _Flush(self._open_handle())
+        self._operations.append(flush)
+        try:
+            flush.start()
+            while not flush.wait(min(_SLICE, max(0.0, self.deadline - time.monotonic()))):
+                if self.closed or time.monotonic() >= self.deadline:
+                    raise _exchange_error(WAIT_TIMEOUT, self.name)
+        except BaseException:
+            self.close()
+            raise
+        self._operations.remove(flush)
         self._send(b"")
 
-    def close(self) -> None:
-        """Close the handle; what was written before can still be read at the other end."""
+    def cancel(self) -> None:
+        """End what other threads do on this pipe, where it raises OperationCancelledError."""
         if not self.closed:
-            super().close()
-            self._handle.close()
-            self._idle_signals.clear()
+            _kernel32.CancelIoEx(self._handle, None)
+
+    def close(self) -> None:
+        """Close the pipe. What was written before can still be read at the other end.
+
+        Operations of other threads raise ValueError. If Ctrl-C interrupts this, call it again.
+        """
+        super().close()
+        for operation in self._operations:
+            operation.end()
+        # The last reference: this closes the handle.
+        self._handle = None
+
+    def _open_handle(self) -> _Handle:
+        handle = self._handle
+        if handle is None or self.closed:
+            raise ValueError("I/O operation on a closed pipe")
+        return handle
 
     def _send(self, message: bytes) -> int:
-        error, count = self._run(_kernel32.WriteFile, message, len(message), None)
+        error, count = self._run("WriteFile", message, len(message), None)
         if error:
-            raise _pipe_error(error, self.name)
+            raise _exchange_error(error, self.name)
         return count
 
-    def _connect(self) -> None:
-        """Wait for a client. Raises BrokenPipeError for one that has left already."""
-        error, _ = self._run(_kernel32.ConnectNamedPipe)
-        if error not in (0, ERROR_PIPE_CONNECTED):
-            raise _pipe_error(error, self.name)
+    def _run(self, function: str, *arguments: Any) -> tuple[int, int]:
+        """Run an operation to its end; return its Win32 error and its count of bytes.
 
-    def _flush(self) -> None:
-        """Wait until the other end has read all that was written, has gone, or is out of time."""
-        import threading
-
-        # FlushFileBuffers has no timeout, but like all I/O it can be cancelled from outside.
-        flushing = threading.Thread(target=_kernel32.FlushFileBuffers, args=(self._handle,))
-        flushing.start()
-        flushing.join(_SLICE)
-        while flushing.is_alive():
-            if time.monotonic() >= self.deadline:
-                _kernel32.CancelIoEx(self._handle, None)
-            flushing.join(_SLICE)
-
-    def _run(self, start: Any, *arguments: Any) -> tuple[int, int]:
-        """Run an overlapped operation to its end; return its Win32 error and count of bytes.
-
-        However it ends, by the deadline or by Ctrl-C (seen within 100 ms) too, nothing is pending
-        afterwards. Raises ResponseTimeoutError if the deadline came first.
+        Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
+        close() sees to it. Raises ResponseTimeoutError if the deadline came first.
         """
-        if self.closed:
-            raise ValueError("I/O operation on a closed pipe")
-        signal = self._take_signal()
-        overlapped = OVERLAPPED(hEvent=None if signal is self._handle else signal.value)
-        count = DWORD()
-        error = ERROR_IO_PENDING  # for all we know: Ctrl-C may come before the call has told
+        operation = _Operation(
+            self._open_handle(), function, *arguments, event=self._new_event_if_needed()
+        )
+        self._operations.append(operation)
+        timed_out = False
         try:
-            error = start(self._handle, *arguments, overlapped)
-            if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
-                error = self._result(overlapped, count, signal)
+            error = operation.start()
+            if not error:
+                error = ERROR_IO_INCOMPLETE
+                while error in _UNFINISHED:
+                    timed_out = time.monotonic() >= self.deadline
+                    if timed_out or self.closed:
+                        operation.end()
+                    seconds = min(_SLICE, self.deadline - time.monotonic())
+                    error = operation.wait(max(0.0, seconds))
         finally:
-            # Until the operation has ended the kernel may write to the buffer and to overlapped.
-            if error in (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE):
-                _kernel32.CancelIoEx(self._handle, overlapped)
-                error = self._result(overlapped, count, signal, cancelled=True)
-        self._idle_signals.append(signal)
-        if error == ERROR_OPERATION_ABORTED:
-            raise _pipe_error(WAIT_TIMEOUT, self.name)
-        return error, count.value
+            operation.end()
+            operation.release()
+            self._operations.remove(operation)
+        if self.closed:
+            raise ValueError("the pipe was closed during the operation")
+        if error == ERROR_OPERATION_ABORTED and timed_out:
+            error = WAIT_TIMEOUT
+        return error, operation.count.value
 
-    def _take_signal(self) -> _Handle:
-        """Return what Windows shall set when an operation ends.
+    def _new_event_if_needed(self) -> _Handle | None:
+        """Return what Windows signals at an operation's end; None is the pipe's own handle.
 
-        One operation at a time may use the pipe's own handle, which saves it an event.
+        That saves an event where one operation is under way at a time, as it mostly is.
         """
-        try:
-            return self._idle_signals.pop()
-        except IndexError:
-            event: _Handle = _kernel32.CreateEventW(None, True, False, None)
-            if event.error:
-                raise _pipe_error(event.error, self.name) from None
-            return event
-
-    def _result(
-        self,
-        overlapped: OVERLAPPED,
-        count: DWORD,
-        signal: _Handle,
-        *,
-        cancelled: bool = False,
-    ) -> int:
-        """Wait for an operation's end; return its Win32 error.
-
-        ERROR_IO_INCOMPLETE is that the deadline came first; a cancelled one ends without it.
-        """
-        while True:
-            # The signal is only an alarm clock: another operation's start may reset the handle.
-            error: int = _kernel32.GetOverlappedResult(self._handle, overlapped, count, False)
-            seconds = _SLICE if cancelled else min(_SLICE, self.deadline - time.monotonic())
-            if error != ERROR_IO_INCOMPLETE or seconds <= 0:
-                return error
-            _kernel32.WaitForSingleObject(signal, math.ceil(seconds * 1000))
+        if not self._operations:
+            return None
+        event: _Handle = _kernel32.CreateEventW(None, True, False, None)
+        if not event.value:
+            raise _exchange_error(_last_error(), self.name)
+        return event
 
 
-# ---- Client -----------------------------------------------------------------------------------
+# ---- Client -------------------------------------------------------------------------------------
 
 
-def dial_pipe(path: str, *, timeout: float | None = 2.0) -> Pipe:
+def dial_pipe(
+    path: str, *, connect_timeout: float | None = 2.0, timeout: float | None = None
+) -> Pipe:
     """Connect to a named pipe (go-winio: DialPipe).
 
-    While all instances are busy it tries again for `timeout` seconds: 0 is one attempt, None no
-    limit. Raises ValueError for a path that is no pipe path, FileNotFoundError if nobody listens
-    there, PermissionError, PipeBusyError, or another OSError.
+    While all instances are busy, this tries again for `connect_timeout` seconds; 0 means one
+    attempt. `timeout` seconds after the connection, the Pipe's deadline, reads and writes raise
+    ResponseTimeoutError. None means no limit. Raises ValueError for a path that is not a pipe path,
+    PipeNotFoundError if nobody listens there, PipeAccessError, PipeBusyError, or PipeOpenError.
     """
     _check_pipe_path(path)
-    deadline = _deadline(timeout)
+    _check_timeout("connect_timeout", connect_timeout)
+    _check_timeout("timeout", timeout)
+    give_up = _deadline(connect_timeout)
     while True:
-        handle = _kernel32.CreateFileW(
-            path,
-            GENERIC_READ | GENERIC_WRITE,
-            0,
-            None,
-            OPEN_EXISTING,
-            # Without these the server could impersonate us.
-            FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_ANONYMOUS,
-            None,
-        )
-        if not handle.error:
-            return Pipe(handle, path)
-        seconds = min(_SLICE, deadline - time.monotonic())
-        if handle.error != ERROR_PIPE_BUSY or seconds <= 0:
-            raise _pipe_error(handle.error, path)
-        # Only an alarm clock, whatever it says: another client may be faster, and in some
-        # containers it fails at once. 0 would mean the server's default.
-        milliseconds = max(1, int(seconds * 1000))
-        if _kernel32.WaitNamedPipeW(path, milliseconds) not in (0, ERROR_SEM_TIMEOUT):
+        handle = _open_pipe(path)
+        if handle.value != INVALID_HANDLE_VALUE:
+            pipe = Pipe(handle, path)
+            pipe.deadline = _deadline(timeout)
+            return pipe
+        error = _last_error()
+        seconds = min(_SLICE, give_up - time.monotonic())
+        if error != ERROR_PIPE_BUSY or seconds <= 0:
+            raise _open_error(error, path)
+        # Ignore what WaitNamedPipeW says and try again: another client may take the instance first,
+        # and in some containers the wait fails at once. 0 would mean the server's default time.
+        if (
+            not _kernel32.WaitNamedPipeW(path, max(1, int(seconds * 1000)))
+            and _last_error() != ERROR_SEM_TIMEOUT
+        ):
             time.sleep(min(0.01, seconds))
+
+
+def _open_pipe(path: str) -> _Handle:
+    handle: _Handle = _kernel32.CreateFileW(
+        path,
+        GENERIC_READ | GENERIC_WRITE,
+        0,
+        None,
+        OPEN_EXISTING,
+        # Without SECURITY_SQOS_PRESENT | SECURITY_ANONYMOUS the server could impersonate us.
+        FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_ANONYMOUS,
+        None,
+    )
+    return handle
 
 
 def issue_vm_request(
@@ -919,45 +1482,58 @@ def issue_vm_request(
 ) -> None:
     """Send a request to a VM's shim and return when it is carried out (hcsshim: IssueVMRequest).
 
-    `connect_timeout` is how long to try while the pipe is busy, `timeout` how long the exchange
-    may take from then on, both in seconds: 0 is one attempt, None no limit. `max_response` limits
-    the answer, in bytes. Raises
+    `connect_timeout` is how long to try while the pipe is busy; 0 means one attempt. `timeout` is
+    how long the exchange may take from the connection on. Both are seconds; None means no limit.
+    `max_response` limits the response, in bytes. Raises
 
-    - ValueError, before anything is opened: an unknown op, an empty ID, no pipe path ...;
+    - ValueError or TypeError, before anything is opened: an unknown op, an empty ID or one that
+      UTF-8 can't carry, a path that is not a pipe path, a wrong timeout or max_response;
     - ShimError: the shim refused;
-    - FileNotFoundError, PermissionError: nobody listens there, or not to us;
-    - PipeBusyError: never connected, nothing sent, safe to repeat;
-    - ResponseTimeoutError, BrokenPipeError: the outcome is unknown.
+    - NotSentError (PipeBusyError, PipeNotFoundError, PipeAccessError, PipeOpenError,
+      NeedsWindowsError): nothing was sent, so repeating is safe;
+    - OutcomeUnknownError (ResponseTimeoutError, ConnectionLostError, or itself for an empty
+      response): the request may have been carried out, or may be later.
     """
     request.check()
+    _check_max_response(max_response)
     message = request.to_json()
-    _deadline(timeout)  # a wrong one must be refused before anything is opened
     started = time.monotonic()
     outcome = "done"
     try:
-        with dial_pipe(pipe_path, timeout=connect_timeout) as pipe:
-            pipe.deadline = _deadline(timeout)
-            pipe.write(message)
-            check_shim_response(pipe, max_response=max_response)
+        with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:
+            response = _exchange(pipe, message, max_response)
+        if response == b"":
+            # A shim that died in the middle of the request looks exactly like this.
+            raise OutcomeUnknownError(f"unknown shim failure: empty response, {_LOOK_FIRST}")
+        if response != SHIM_SUCCESS:
+            raise _refusal(response, max_response)
     except BaseException as error:
         outcome = f"{type(error).__name__}: {str(error)[:200]}"
         raise
     finally:
         milliseconds = (time.monotonic() - started) * 1000
         _log(
-            "debug",
-            "%s: %r %s: %s (%.1f ms)",
-            pipe_path,
-            request.id,
-            VMRequestOp(request.op).value,
-            outcome,
-            milliseconds,
+            *("debug", "%s: %r %s: %s (%.1f ms)", pipe_path, request.id, request.op),
+            *(outcome, milliseconds),
         )
 
 
-def _log(level: str, message: str, *arguments: object, exc_info: bool = False) -> None:
-    # Importing logging takes half as long as all other imports. Who listens has imported it; who
-    # doesn't is told of warnings and errors all the same.
+def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
+    """Send a request and return the response."""
+    try:
+        pipe.write(message)
+    except ConnectionLostError:
+        # The shim may have refused before it had read everything: its text can still be read.
+        response = _read_response(pipe, max_response)
+        if not response:
+            raise
+        return response
+    return _read_response(pipe, max_response)
+
+
+def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> None:
+    # If nobody has imported logging, nobody reads debug lines: skip the slow import. Warnings and
+    # errors are always logged.
     if "logging" in sys.modules or level in ("warning", "error"):
         import logging
 
@@ -966,95 +1542,105 @@ def _log(level: str, message: str, *arguments: object, exc_info: bool = False) -
 
 # ---- runhcs's own state -------------------------------------------------------------------------
 
-_NO_VM = uuid.UUID(int=0)
+_ZERO_GUID = uuid.UUID(int=0)
+
+_CONTAINER_FIELDS = (
+    _Field("id", "ID", _read_string, "The container's ID."),
+    _Field("owner", "Owner", _read_string, "Who created it."),
+    _Field("sandbox_id", "SandboxID", _read_string, "The ID of the sandbox that it belongs to."),
+    _Field("host_id", "HostID", _read_string, "The ID of its VM; empty if it runs in none."),
+    _Field("bundle", "Bundle", _read_string, "The path of its bundle."),
+    _Field("created", "Created", _read_time, _CREATED),
+    _Field("rootfs", "Rootfs", _read_string, "The path of its root file system."),
+    _Field("is_host", "IsHost", _read_bool, "Whether it was created together with its VM."),
+    _Field(
+        "unique_id", "UniqueID", _read_guid, "GUID in the name of its own pipe: shim_pipe_path()."
+    ),
+    _Field(
+        "host_unique_id",
+        "HostUniqueID",
+        _read_guid,
+        "GUID in the name of its VM's pipe; the zero GUID if it runs in no VM.",
+    ),
+)
 
 
 class Container(NamedTuple):
-    """What runhcs keeps of a container in the registry (hcsshim: persistedState in cmd/runhcs)."""
+    """A container's registry entry, as runhcs stores it (hcsshim: persistedState in cmd/runhcs)."""
 
     id: str
-    """The container's ID."""
     owner: str = ""
-    """Who created it."""
     sandbox_id: str = ""
-    """The ID of the sandbox that it belongs to."""
     host_id: str = ""
-    """The ID of the VM that it runs in; empty if it runs in none."""
     bundle: str = ""
-    """The path of its bundle."""
     created: datetime = _NEVER
-    """When it was created, an aware datetime."""
     rootfs: str = ""
-    """The path of its root file system."""
     is_host: bool = False
-    """Whether it was created together with its VM."""
-    unique_id: uuid.UUID = _NO_VM
-    """What its own shim's pipe is named by."""
-    host_unique_id: uuid.UUID = _NO_VM
-    """What its VM's shim's pipe is named by; the zero GUID if it runs in no VM."""
+    unique_id: uuid.UUID = _ZERO_GUID
+    host_unique_id: uuid.UUID = _ZERO_GUID
     shim_pid: int = -1
-    """The pid of its own shim; 0 if that has exited, -1 if unknown."""
+    created_nanosecond: int = 0
 
     def vm_pipe_path(self) -> str:
-        """Return the path of its VM's shim's pipe. Raises LookupError if it runs in no VM."""
-        if self.host_unique_id == _NO_VM:
-            raise LookupError(f"container '{self.id}' runs in no VM, so no VM shim can be asked")
+        """Return the path of the pipe of this container's VM.
+
+        Raises ContainerNotFoundError if the container runs in no VM.
+        """
+        if self.host_unique_id == _ZERO_GUID:
+            raise ContainerNotFoundError(
+                f"container '{self.id}' runs in no VM, so no VM shim can be asked"
+            )
         return vm_pipe_path(self.host_unique_id)
 
 
-def read_container(container_id: str, *, root: str = "default") -> Container:
-    """Return what runhcs keeps of a container (hcsshim: getContainer in cmd/runhcs).
+_SHIM_PID = "The pid of its own shim; 0 if that has exited, -1 if unknown."
+_document(
+    Container,
+    (
+        *_CONTAINER_FIELDS,
+        _Field("shim_pid", "", _read_integer, _SHIM_PID),
+        _Field("created_nanosecond", "", _read_integer, _NANOSECOND),
+    ),
+)
 
-    `root` is what runhcs was given as --root. Raises LookupError if there is no such container,
-    ValueError if its state is broken or the ID is empty, and OSError if the registry can't be
-    read.
+
+def read_container(container_id: str, *, root: str = "default") -> Container:
+    """Return what runhcs stored of a container (hcsshim: getContainer in cmd/runhcs).
+
+    `root` is runhcs's --root. Raises ContainerNotFoundError, ContainerStateError if the stored
+    state is broken, RegistryError if the registry can't be read, NeedsWindowsError, and ValueError
+    if the ID or the root is empty or has a lone surrogate.
     """
+    key_name = _path_escape("container ID", container_id)
     if not container_id:
         raise ValueError("the container ID is empty")
     try:
-        with _open_key(root, _path_escape("container ID", container_id)) as key:
-            state = _query(key, "state", "REG_BINARY")
-            shim_pid = _query(key, "shim", "REG_QWORD")
+        with _open_key(root, key_name) as key:
+            state = _read_value(key, "state", "REG_BINARY")
+            shim_pid = _read_value(key, "shim", "REG_QWORD")
     except FileNotFoundError:
-        raise LookupError(f"ID '{container_id}' was not found") from None
+        raise ContainerNotFoundError(f"ID '{container_id}' was not found") from None
     if state is None:
-        raise LookupError(f"state 'state' is not present for ID '{container_id}'")
+        # hcsshim's words.
+        raise ContainerNotFoundError(f"state 'state' is not present for ID '{container_id}'")
     try:
-        fields = _read_members(
-            _whole_go_value(state),
-            {
-                "id": ("id", str),
-                "owner": ("owner", str),
-                "sandboxid": ("sandbox_id", str),
-                "hostid": ("host_id", str),
-                "bundle": ("bundle", str),
-                "created": ("created", str),
-                "rootfs": ("rootfs", str),
-                "ishost": ("is_host", bool),
-                "uniqueid": ("unique_id", str),
-                "hostuniqueid": ("host_unique_id", str),
-            },
-        )
-        for guid in fields.keys() & {"unique_id", "host_unique_id"}:
-            fields[guid] = _parse_guid(fields[guid])
-        if "created" in fields:
-            fields["created"], _ = _parse_time(fields["created"])
+        fields = _read_members(_decode_only(state), _CONTAINER_FIELDS)
     except ValueError as error:
-        raise ValueError(f"the state of ID '{container_id}' is broken: {error}") from None
+        raise ContainerStateError(f"the state of ID '{container_id}' is broken: {error}") from None
     if shim_pid is not None:
         fields["shim_pid"] = shim_pid
     return Container(**{"id": container_id, **fields})
 
 
 def list_containers(*, root: str = "default") -> list[Container]:
-    """Return what runhcs keeps of each container on this host; none if it has never run.
+    """Return what runhcs stored of each container on this host; nothing if it has never run.
 
-    Broken entries are logged as warnings and left out. Raises OSError if the registry can't be
-    read.
+    Broken entries are logged as warnings and left out. `root` and exceptions are those of
+    read_container().
     """
     try:
         with _open_key(root) as key:
-            names = _subkeys(key)
+            names = _subkey_names(key)
     except FileNotFoundError:
         return []
     containers = []
@@ -1066,30 +1652,50 @@ def list_containers(*, root: str = "default") -> list[Container]:
     return containers
 
 
-def request_container(
+def issue_container_request(
     container_id: str,
     op: str,
     *,
     root: str = "default",
     connect_timeout: float | None = 2.0,
     timeout: float | None = None,
+    max_response: int = MAX_RESPONSE,
 ) -> None:
-    """Look a container up and have its VM's shim carry a request out for it.
+    """Look a container up and send a request for it to its VM's shim.
 
-    hcsshim does this in cmd/runhcs, in issueVMRequest. `op` is a VMRequestOp or its wire text, all
-    else is as in read_container() and issue_vm_request(), and so is what is raised; where the VM's
-    pipe isn't there, FileNotFoundError says that the VM cannot be contacted.
+    hcsshim does this in cmd/runhcs, in issueVMRequest. `op` is a VMRequestOp or its wire text. The
+    other arguments and the exceptions are those of read_container() and issue_vm_request(). If the
+    VM's pipe does not exist, PipeNotFoundError names the VM.
     """
-    VMRequest(container_id, op).check()
+    _check_request(container_id, op, connect_timeout, timeout, max_response)
     container = read_container(container_id, root=root)
-    _ask_vm(container, op, connect_timeout=connect_timeout, timeout=timeout)
+    _issue_to_vm(
+        container,
+        op,
+        connect_timeout=connect_timeout,
+        timeout=timeout,
+        max_response=max_response,
+    )
 
 
-def _ask_vm(container: Container, op: str, **timeouts: Any) -> None:
-    """Issue a request to a container's VM, and name the VM if its pipe isn't there."""
+def _check_request(
+    container_id: str,
+    op: str,
+    connect_timeout: float | None,
+    timeout: float | None,
+    max_response: int,
+) -> None:
+    VMRequest(container_id, op).check()
+    _check_timeout("connect_timeout", connect_timeout)
+    _check_timeout("timeout", timeout)
+    _check_max_response(max_response)
+
+
+def _issue_to_vm(container: Container, op: str, **limits: Any) -> None:
+    """Issue a request to a container's VM, and name the VM if its pipe doesn't exist."""
     try:
-        issue_vm_request(container.vm_pipe_path(), VMRequest(container.id, op), **timeouts)
-    except FileNotFoundError as error:
+        issue_vm_request(container.vm_pipe_path(), VMRequest(container.id, op), **limits)
+    except PipeNotFoundError as error:
         error.strerror = f"VM {container.host_id} cannot be contacted"
         raise
 
@@ -1100,24 +1706,32 @@ def _winreg() -> Any:
         import winreg
 
         return winreg
-    raise OSError(errno.ENOSYS, f"runhcs's state needs Windows, and this is {sys.platform}")
+    raise NeedsWindowsError(
+        errno.ENOSYS, f"runhcs's state needs Windows, and this is {sys.platform}"
+    )
 
 
 def _open_key(root: str, *names: str) -> Any:
     if not root:
         raise ValueError("the root is empty")
-    winreg = _winreg()
     path = "\\".join(["SOFTWARE\\Microsoft\\runhcs", _path_escape("root", root), *names])
+    winreg = _winreg()
     # A 32-bit Python would be redirected to a registry of its own.
     access = winreg.KEY_READ | winreg.KEY_WOW64_64KEY
     try:
         return winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path, 0, access)
-    except OSError as error:
-        error.filename = f"HKEY_LOCAL_MACHINE\\{path}"
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        raise _registry_error(error, f"HKEY_LOCAL_MACHINE\\{path}") from None
 
 
-def _query(key: Any, name: str, kind: str) -> Any:
+def _registry_error(error: OSError, path: str) -> RegistryError:
+    text = f"the registry can't be read ({error.strerror}); run this as an elevated administrator"
+    return RegistryError(error.errno or errno.EIO, text, path, getattr(error, "winerror", 0) or 0)
+
+
+def _read_value(key: Any, name: str, kind: str) -> Any:
     """Return a value, or None if there is none of that name and kind."""
     winreg = _winreg()
     try:
@@ -1127,46 +1741,55 @@ def _query(key: Any, name: str, kind: str) -> Any:
     return value if found == getattr(winreg, kind) else None
 
 
-def _subkeys(key: Any) -> list[str]:
+def _subkey_names(key: Any) -> list[str]:
     names: list[str] = []
     while True:
         try:
             names.append(_winreg().EnumKey(key, len(names)))
         except OSError as error:
             if getattr(error, "winerror", None) != ERROR_NO_MORE_ITEMS:
-                raise
+                raise _registry_error(error, f"subkey {len(names)} of runhcs's root") from None
             return names
 
 
-def _path_unescape(name: str) -> str:
-    """Unescape a name as Go's url.PathUnescape does, and refuse what it refuses."""
-    from urllib.parse import unquote
+# ---- Server -------------------------------------------------------------------------------------
+# Two threads share the work. The thread that calls serve_forever() runs the handler and nothing
+# else; Ctrl-C may interrupt it between any two steps. The I/O thread talks to all clients, through
+# one completion port. Between the two there are only queues, flags that are set once, and
+# PostQueuedCompletionStatus, which wakes the I/O thread: no locks, so none can be left locked.
 
-    if re.search("%(?![0-9A-Fa-f]{2})", name):
-        raise ValueError(f"{name!r} has a % that escapes nothing")
-    return unquote(name, errors="strict")
+_READ_SIZE = 4096
+_STOP_GRACE = 0.5
+"""How long a server that stops gives its clients to take their responses, in seconds."""
+_RETRY_SECONDS = 0.1
+"""How long a server waits after Windows has refused it a new instance of the pipe."""
+_MAX_ERROR_TEXT = 65536
+"""The longest error text that a server sends, in bytes."""
 
-
-# ---- Server -----------------------------------------------------------------------------------
-
-MAX_REQUEST = 65536
-"""The longest request that a server reads, in bytes."""
-
-_BUFFER_SIZE = 4096
-_GRACE = 0.01  # seconds that a new client has for its request before the next is let in
+_STOPPED = b"the VM shim stopped before it had carried the request out"
+_TOO_LATE = b"no complete request came in time"
 
 
 class VMShimServer:
     """A VM shim's end of the pipe (hcsshim: the server in cmd/runhcs/vm.go).
 
     `handler` is called with one VMRequest at a time, in the order in which they arrived, in the
-    thread that runs serve_forever(). If it returns, the client is told of success; if it raises an
-    Exception, the client gets its text. `request_timeout` is how long, in seconds, a client may
-    take for each of these: sending its request, reading the answer, closing its end.
+    thread that runs serve_forever(). If it returns, the client is told of success. To refuse a
+    request it raises ShimError with the text for the client. Any other Exception is a bug in the
+    handler: it is logged as an error, and the client gets its text, too.
 
-    The pipe exists from here on; clients see busy until serve_forever() runs, and between its
-    runs. Raises ValueError for a path that is no pipe path, and PermissionError if the name is
-    taken or takes an elevated administrator.
+    `request_timeout` is how long, in seconds, a client may take for each of these: sending its
+    request, reading the response, closing its end. None means no limit. At most `max_clients` are
+    connected at a time, and nobody new is let in while a request waits for the handler; other
+    clients get PipeBusyError.
+
+    `security_descriptor` is an SDDL string that says who may connect. Without it LocalSystem,
+    administrators and the account that runs the server may. It must allow this account, too.
+
+    The pipe exists as soon as the server object does. Clients get PipeBusyError while
+    serve_forever() is not running. Raises ValueError for a path that is not \\\\.\\pipe\\NAME or a
+    wrong security descriptor, PipeAccessError if the name is taken or needs an elevated
+    administrator, and PipeOpenError.
 
     >>> with VMShimServer(r"\\\\.\\pipe\\my-shim", print) as server:  # doctest: +SKIP
     ...     server.serve_forever()
@@ -1178,76 +1801,63 @@ class VMShimServer:
         handler: Callable[[VMRequest], object],
         *,
         request_timeout: float | None = 10.0,
+        max_clients: int = 64,
+        security_descriptor: str | None = None,
     ) -> None:
-        import threading
-
-        _check_pipe_path(pipe_path)
-        _deadline(request_timeout)
+        _check_local_pipe_path(pipe_path)
+        _check_timeout("request_timeout", request_timeout)
+        if max_clients < 1:
+            raise ValueError(f"max_clients must be at least 1, not {max_clients!r}")
         self.pipe_path = pipe_path
         self.handler = handler
         self.request_timeout = request_timeout
-        self._changed = threading.Condition()  # guards all that follows
-        self._serving: threading.Thread | None = None
+        self.max_clients = max_clients
+        self._listener = _Listener(pipe_path, _parse_security(security_descriptor))
         self._stopping = False
         self._closed = False
-        self._clients: list[_Client] = []  # at least those whose threads run
-        self._waiting: deque[_Client] = deque()  # their requests have arrived
-        self._early: list[Pipe] = []
-        self._held = self._hold_name()
+        # At most one, which its I/O thread enters and removes.
+        self._serving: dict[str, _Service] = {}
 
     def serve_forever(self) -> None:
-        """Answer requests until shutdown() or close() is called.
+        """Respond to requests until shutdown() or close() is called.
 
-        KeyboardInterrupt and SystemExit, in the handler too, end it and are passed on. When it
-        returns or raises, the request under way has been answered and no thread is left. A
-        shutdown() that came before it makes it return at once. Raises ValueError if the server is
-        closed, RuntimeError if it is serving already.
+        KeyboardInterrupt and SystemExit, in the handler too, end it and are passed on; a request
+        that the handler had begun then gets no response, because its outcome is unknown. When it
+        returns or raises, no thread is left. If shutdown() was called while the server was idle,
+        it returns at once. Raises ValueError if the server is closed, RuntimeError if it is serving
+        already or if no thread can be started.
         """
-        import threading
+        import _thread
 
-        with self._changed:
-            if self._closed:
-                raise ValueError("the server is closed")
-            if self._serving:
-                raise RuntimeError("the server is serving already")
-            self._serving = threading.current_thread()
-        accepting = threading.Thread(target=self._accept_clients, name="vmshim accept")
+        if self._closed:
+            raise ValueError("the server is closed")
+        service = _Service(self)
         try:
-            accepting.start()
-            for client in self._arrivals():
-                self._carry_out(client)
+            _thread.start_new_thread(service.run_io, ())
+            service.run_handler()
         finally:
-            self._stop()
-            accepting.join()
-            for client in self._clients:
-                client.thread.join()
-            with self._changed:
-                self._clients.clear()
-                self._serving = None
-                self._stopping = False
-                if self._closed:
-                    self._release_name()
-                self._changed.notify_all()
+            service.leave_handler()
+            service.join()
 
     def shutdown(self) -> None:
-        """Make serve_forever() return, and wait until it has, unless called from the handler.
+        """Make serve_forever() return, and wait until it has, unless the handler calls this.
 
-        The request under way is answered; clients that wait are told that the shim has stopped.
+        The request under way is carried out; clients that wait are told that the shim has stopped.
         """
-        import threading
-
-        with self._changed:
-            self._stop()
-            while self._serving not in (None, threading.current_thread()):
-                self._changed.wait(_SLICE)
+        self._stopping = True
+        for service in list(self._serving.values()):
+            service.stop()
 
     def close(self) -> None:
-        """Shut down and give the pipe's name up; called from the handler, as soon as it returns."""
-        with self._changed:
-            self._closed = True
-            self.shutdown()
-            if not self._serving:
-                self._release_name()
+        """Shut down and release the pipe's name.
+
+        When the handler calls it, the name is released after the handler has returned. If Ctrl-C
+        interrupts this, call it again.
+        """
+        self._closed = True
+        self.shutdown()
+        if not self._serving:
+            self._listener.close()
 
     def __enter__(self) -> VMShimServer:
         return self
@@ -1260,206 +1870,529 @@ class VMShimServer:
     ) -> None:
         self.close()
 
-    # What runs in serve_forever()'s own thread: one request after the other.
 
-    def _arrivals(self) -> Iterator[_Client]:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._stopping):
-                    self._changed.wait(_SLICE)
-                if self._stopping:
-                    return
-                client = self._waiting.popleft()
-                self._changed.notify_all()
-            yield client
+def _parse_security(text: str | None) -> SECURITY_ATTRIBUTES | None:
+    """Return what CreateNamedPipeW takes for an SDDL string; None stands for Windows' default."""
+    if text is None:
+        return None
+    _check_text("security_descriptor", text)
+    descriptor = _SecurityDescriptor()
+    if not _advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW(
+        text, SDDL_REVISION_1, descriptor, None
+    ):
+        raise ValueError(f"security_descriptor is not SDDL: {text!r} (Win32 error {_last_error()})")
+    attributes = SECURITY_ATTRIBUTES(ctypes.sizeof(SECURITY_ATTRIBUTES), descriptor.value, False)
+    attributes.descriptor = descriptor  # keeps the memory as long as the attributes
+    return attributes
 
-    def _carry_out(self, client: _Client) -> None:
-        request = client.request
+
+class _Listener:
+    """Makes the instances of a server's pipe and keeps its name (go-winio: ListenPipe).
+
+    Between two offered instances the name must not vanish, nor may anybody else take it. So the
+    first instance is used up by a client of our own, which leaves at once: the instance stays,
+    keeps the name, and nobody can connect to it. DisconnectNamedPipe can't do that for a new
+    instance under Wine, and CreateNamedPipeW has no option for it.
+
+    Our own client gets in, because by default "full control to the LocalSystem account,
+    administrators, and the creator owner" is granted (Named Pipe Security and Access Rights).
+    """
+
+    def __init__(self, path: str, security: SECURITY_ATTRIBUTES | None) -> None:
+        from collections import deque
+
+        self.path = path
+        self.early: deque[_Handle] = deque()
+        """Instances to which others have connected before us, oldest first."""
+        self._name_keeper: _Handle | None = None
+        instance = self._create(FILE_FLAG_FIRST_PIPE_INSTANCE, security)
+        while not self.use_up():
+            self.early.append(instance)
+            instance = self.create()
+        self._name_keeper = instance
+
+    def create(self) -> _Handle:
+        """Make a further instance, to which one client can connect."""
+        # The descriptor belongs to the name: only the first instance's counts.
+        return self._create(0, None)
+
+    def use_up(self) -> bool:
+        """Connect to the offered instance and leave; return False if another client was faster."""
         try:
-            self.handler(request)
-            client.answer = SHIM_SUCCESS
-        except Exception as error:
-            _log("info", "%s: %r failed", self.pipe_path, request, exc_info=True)
-            client.answer = str(error).encode("utf-8", "backslashreplace")
-            if client.answer in (b"", SHIM_SUCCESS):  # neither would tell of a failure
-                client.answer = repr(error).encode("utf-8", "backslashreplace")
-        finally:
-            client.answered.set()
+            dial_pipe(self.path, connect_timeout=0).close()
+        except PipeBusyError:
+            return False
+        except PipeAccessError as error:
+            error.strerror = (
+                "the server can't connect to its own pipe; its security descriptor must allow it to"
+            )
+            raise
+        return True
 
-    def _stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-            while self._waiting:
-                self._waiting.popleft().answered.set()
-            for client in self._clients:
-                if client.idle:
-                    client.pipe.deadline = 0.0
-            self._changed.notify_all()
+    def close(self) -> None:
+        """Release the name."""
+        self.early.clear()
+        self._name_keeper = None
 
-    # The pipe's instances.
-
-    def _create_instance(self, first: int = 0) -> Pipe:
-        handle = _kernel32.CreateNamedPipeW(
-            self.pipe_path,
+    def _create(self, first: int, security: SECURITY_ATTRIBUTES | None) -> _Handle:
+        handle: _Handle = _kernel32.CreateNamedPipeW(
+            self.path,
             PIPE_ACCESS_DUPLEX | FILE_FLAG_OVERLAPPED | first,
             PIPE_TYPE_MESSAGE | PIPE_READMODE_BYTE | PIPE_REJECT_REMOTE_CLIENTS,
             PIPE_UNLIMITED_INSTANCES,
-            _BUFFER_SIZE,
-            _BUFFER_SIZE,
+            # Buffers of 0: a write ends when the client has read it. Only then may the zero-length
+            # message follow, which Windows drops while data is unread.
             0,
-            None,
+            0,
+            0,
+            security,
         )
-        if handle.error:
-            raise _pipe_error(handle.error, self.pipe_path)
-        return Pipe(handle, self.pipe_path)
-
-    def _hold_name(self) -> Pipe:
-        """Return an instance that keeps the name, so that clients see busy, never "not found".
-
-        Its only client is ourselves, and gone: no other can connect to it any more.
-        """
-        held = self._create_instance(FILE_FLAG_FIRST_PIPE_INSTANCE)
-        while True:
-            try:
-                dial_pipe(self.pipe_path, timeout=0).close()
-                return held
-            except PipeBusyError:  # a real client was faster
-                self._early.append(held)
-                held = self._create_instance()
-
-    def _release_name(self) -> None:
-        for pipe in (self._held, *self._early):
-            pipe.close()
-
-    # What runs in the accepting thread: an instance after the other is offered.
-
-    def _accept_clients(self) -> None:
-        while not self._stopping:
-            try:
-                self._accept_client()
-            except ConnectionError as error:
-                _log("debug", "%s: a client came and went: %s", self.pipe_path, error)
-            except Exception:
-                if not self._stopping:
-                    _log("error", "%s: no client accepted", self.pipe_path, exc_info=True)
-                    time.sleep(_SLICE)
-
-    def _accept_client(self) -> None:
-        import threading
-
-        pipe = self._early.pop() if self._early else self._create_instance()
-        client = _Client(pipe, threading.Event())
-        client.thread = threading.Thread(target=self._serve, args=(client,), name="vmshim client")
-        with self._changed:
-            self._clients = [other for other in self._clients if other.thread.is_alive()]
-            self._clients.append(client)
-        try:
-            self._allow(client, None, idle=True)
-            client.pipe._connect()
-            client.thread.start()
-        except BaseException:
-            client.pipe.close()
-            with self._changed:
-                self._clients.remove(client)
-            raise
-        # Like the reference we let one client wait for the handler, and others see busy; but not
-        # for one that keeps silent.
-        with self._changed:
-            self._changed.wait_for(lambda: client.arrived, _GRACE)
-            self._changed.wait_for(lambda: not self._waiting or self._stopping)
-
-    # What runs in a thread of each client's own: all that it could hold up.
-
-    def _serve(self, client: _Client) -> None:
-        try:
-            self._allow(client, self.request_timeout, idle=True)
-            self._take_request(client)
-            client.answered.wait()
-            self._reply(client)
-        except OSError as error:
-            _log("info", "%s: a client failed: %s", self.pipe_path, error)
-        except Exception:
-            _log("error", "%s: a client failed", self.pipe_path, exc_info=True)
-        finally:
-            client.pipe.close()
-
-    def _take_request(self, client: _Client) -> None:
-        wrong = ""
-        try:
-            client.request = _read_request(client.pipe)
-            client.request.check()
-        except ValueError as error:
-            wrong = str(error)
-        except ResponseTimeoutError:
-            wrong = "no complete request came in time"
-        with self._changed:
-            client.arrived = True
-            if wrong:
-                client.answer = wrong.encode("utf-8", "backslashreplace")
-            if wrong or self._stopping:
-                client.answered.set()
-            else:
-                self._waiting.append(client)
-            self._changed.notify_all()
-
-    def _reply(self, client: _Client) -> None:
-        pipe = client.pipe
-        self._allow(client, self.request_timeout, idle=False)
-        pipe.write(client.answer)
-        if client.answer == SHIM_SUCCESS:
-            # The zero-length message is lost to a client that still has data to read.
-            pipe._flush()
-            pipe.close_write()
-            self._allow(client, self.request_timeout, idle=True)
-            while pipe.read(_BUFFER_SIZE):
-                pass
-
-    def _allow(self, client: _Client, timeout: float | None, *, idle: bool) -> None:
-        """Give a client time for its next step; an idle one is cut off when the server stops."""
-        with self._changed:
-            client.idle = idle
-            client.pipe.deadline = 0.0 if idle and self._stopping else _deadline(timeout)
+        if handle.value == INVALID_HANDLE_VALUE:
+            raise _serve_error(_last_error(), self.path)
+        return handle
 
 
 class _Client:
-    """A client of the server: its connection, its request and its answer."""
+    """One client of the server: its instance of the pipe, and what is under way on it."""
 
-    thread: threading.Thread
     request: VMRequest
 
-    def __init__(self, pipe: Pipe, answered: threading.Event) -> None:
-        self.pipe = pipe
-        self.answered = answered
-        self.idle = True
-        self.arrived = False
-        self.answer = b"the VM shim stopped before it had carried the request out"
+    def __init__(self, handle: _Handle) -> None:
+        self.handle: _Handle | None = handle
+        self.conversation: _Task | None = None
+        self.tasks = 0
+        self.operations: set[_Operation] = set()
+        self.is_connected = False
+        self.is_idle = True
+        """Whether it is cut off when the server stops: it is not owed anything any more."""
+        self.is_cut_off = False
+
+    def cut_off(self) -> None:
+        """Cancel what is under way, and let nothing new begin."""
+        self.is_cut_off = True
+        for operation in self.operations:
+            _kernel32.CancelIoEx(self.handle, operation.overlapped)
 
 
-def _read_request(pipe: Readable) -> VMRequest:
-    """Read one request. Raises ValueError for anything else, as soon as it can't become one."""
-    received = bytearray()
-    end = _JSONEnd()
-    while True:
-        chunk = pipe.read(_BUFFER_SIZE)
-        if not chunk:
-            break
-        received += chunk
-        if end.is_in(chunk):
-            break
-        if len(received) >= MAX_REQUEST:
-            raise ValueError(f"the request is longer than {MAX_REQUEST} bytes")
-    return VMRequest.from_json(bytes(received))
+class _Service:
+    """One run of serve_forever(): its two threads and the queues between them.
+
+    A client's way: the I/O thread connects to it and reads its request, then puts it into
+    `_requests`. The handler's thread takes it from there, calls the handler, and puts it into
+    `_responses` with what to respond. The I/O thread writes that and sees the client off.
+
+    In the I/O thread a client is a task: a generator that yields an operation and is resumed with
+    its Win32 error and its count of bytes. A second task drains what the client sends after its
+    request. While the handler has the client, the first task has yielded None.
+    """
+
+    def __init__(self, server: VMShimServer) -> None:
+        from _thread import get_ident
+        from collections import OrderedDict, deque
+        from queue import SimpleQueue
+
+        self._server = server
+        self._handler_thread = get_ident()
+        self._requests: SimpleQueue[_Client | None] = SimpleQueue()
+        self._responses: SimpleQueue[tuple[_Client, bytes]] = SimpleQueue()
+        # What the I/O thread wants logged: logging may block, and belongs into the other thread.
+        self._notes: deque[tuple[Any, ...]] = deque(maxlen=1000)
+        self._failure: BaseException | None = None
+        # Each of these is set once.
+        self._has_begun = False
+        self._has_ended = False
+        self._handler_has_left = False
+        # The following belong to the I/O thread.
+        self._port: _Handle | None = None
+        self._operations: dict[int, tuple[_Operation, _Client, _Task]] = {}
+        self._clients: set[_Client] = set()
+        self._connected = 0
+        self._at_handler: list[_Client] = []
+        self._offered: _Client | None = None
+        self._retry_at = 0.0
+        self._is_stopping = False
+        # Every step of a client has the same time limit, so the first in here is the first to end.
+        self._deadlines: OrderedDict[_Client, float] = OrderedDict()
+
+    # The handler's thread, and others that call shutdown() or close().
+
+    def run_handler(self) -> None:
+        """Call the handler for one request after the other, until the I/O thread has ended."""
+        while not self._has_ended:
+            client = _get(self._requests, _SLICE)
+            self._write_notes()
+            if client is not None:
+                self._responses.put((client, self._call_handler(client.request)))
+                self._wake()
+        self._write_notes()
+        if self._failure is not None:
+            raise self._failure
+
+    def leave_handler(self) -> None:
+        """Tell the I/O thread that the handler isn't called any more."""
+        self._handler_has_left = True
+        self._wake()
+
+    def stop(self) -> None:
+        """Have the I/O thread stop, and wait for its end unless the handler calls this."""
+        from _thread import get_ident
+
+        self._wake()
+        if get_ident() == self._handler_thread:
+            if self._is_in_handler():
+                return
+            # Two Ctrl-C in a row may have ended serve_forever() before it could say so.
+            self.leave_handler()
+        self.join()
+
+    def join(self) -> None:
+        """Wait for the end of the I/O thread; if it has not begun, it will do nothing."""
+        while self._has_begun and not self._has_ended:
+            time.sleep(0.01)
+
+    def _is_in_handler(self) -> bool:
+        """Tell whether the handler is among this function's callers."""
+        frame: FrameType | None = sys._getframe()
+        while frame:
+            if frame.f_code is _Service._call_handler.__code__ and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _call_handler(self, request: VMRequest) -> bytes:
+        """Return the response: success, or the text of the handler's exception."""
+        path = self._server.pipe_path
+        try:
+            self._server.handler(request)
+        except ShimError as error:
+            _log("info", "%s: %r refused: %s", path, request, error)
+            return _error_text(error)
+        except Exception as error:
+            _log("error", "%s: the handler failed at %r", path, request, exc_info=True)
+            return _error_text(error)
+        return SHIM_SUCCESS
+
+    def _write_notes(self) -> None:
+        while self._notes:
+            level, message, *arguments = self._notes.popleft()
+            _log(level, f"%s: {message}", self._server.pipe_path, *arguments)
+
+    def _wake(self) -> None:
+        if self._port:
+            _kernel32.PostQueuedCompletionStatus(self._port, 0, 0, None)
+
+    # The I/O thread.
+
+    def run_io(self) -> None:
+        """Serve all clients until the server is to stop. This is the I/O thread."""
+        server = self._server
+        self._has_begun = True
+        try:
+            if self._handler_has_left:
+                return
+            if server._serving.setdefault("service", self) is not self:
+                raise RuntimeError("the server is serving already")
+            try:
+                self._port = _create_port()
+                self._serve()
+            finally:
+                for operation, *_ in self._operations.values():
+                    operation.end()  # only after a bug is there any
+                self._clients.clear()
+                server._stopping = False
+                if server._closed:
+                    server._listener.close()
+                server._serving.clear()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._has_ended = True
+            self._requests.put(None)
+
+    def _serve(self) -> None:
+        early = self._server._listener.early
+        while True:
+            if self._must_stop():
+                self._begin_to_stop()
+            while early and not self._is_stopping:
+                self._admit(early.popleft())
+            self._deliver_responses()
+            self._cut_off_late_clients()
+            self._open_or_close_the_door()
+            if self._is_stopping and not self._clients:
+                return
+            self._take_packet()
+
+    def _must_stop(self) -> bool:
+        return self._server._stopping or self._server._closed or self._handler_has_left
+
+    def _begin_to_stop(self) -> None:
+        """Refuse what the handler has not begun, and cut off who isn't owed anything; once."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        while not self._requests.empty():
+            # The handler's thread may be faster.
+            client = _get(self._requests, 0)
+            if client:
+                self._resume(client, _STOPPED)
+        for client in list(self._clients):
+            if client.is_idle and client is not self._offered:
+                client.cut_off()
+        for client in list(self._deadlines):
+            self._allow(client, is_idle=client.is_idle)
+
+    def _deliver_responses(self) -> None:
+        # In this order: what the handler's thread has put before it left must not be lost.
+        handler_has_left = self._handler_has_left
+        while not self._responses.empty():
+            self._resume(*self._responses.get())
+        if handler_has_left:
+            for client in list(self._at_handler):
+                self._resume(client, None)
+
+    def _resume(self, client: _Client, response: bytes | None) -> None:
+        """Give a client its response; None means that nobody knows."""
+        self._at_handler.remove(client)
+        assert client.conversation
+        self._advance(client, client.conversation, response)
+
+    def _cut_off_late_clients(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and next(iter(self._deadlines.values())) <= now:
+            client, _ = self._deadlines.popitem(last=False)
+            client.cut_off()
+
+    def _open_or_close_the_door(self) -> None:
+        """Offer an instance while clients may come in, and use it up when they may not."""
+        is_open = (
+            not self._is_stopping
+            and len(self._at_handler) <= 1  # nobody waits: at most one request is being handled
+            and self._connected < self._server.max_clients
+        )
+        try:
+            if self._offered and not is_open:
+                self._server._listener.use_up()
+                self._offered = None
+            elif is_open and not self._offered and time.monotonic() >= self._retry_at:
+                client = self._admit(self._server._listener.create())
+                if client.tasks and not client.is_connected:
+                    self._offered = client
+        except OSError as error:
+            self._notes.append(("error", "no client can be let in: %s", error))
+            self._retry_at = time.monotonic() + _RETRY_SECONDS
+            if self._offered:
+                self._offered.cut_off()
+                self._offered = None
+
+    def _admit(self, instance: _Handle) -> _Client:
+        """Wait for a client on an instance, and serve it."""
+        if not _kernel32.CreateIoCompletionPort(instance, self._port, 0, 0):
+            raise _serve_error(_last_error(), self._server.pipe_path)
+        client = _Client(instance)
+        self._clients.add(client)
+        client.conversation = self._converse(client)
+        self._begin(client, client.conversation)
+        return client
+
+    def _take_packet(self) -> None:
+        """Wait until an operation ends, somebody wakes us, or a deadline has come."""
+        count, key, overlapped = DWORD(), ULONG_PTR(), LPVOID()
+        ended = _kernel32.GetQueuedCompletionStatus(
+            self._port, count, key, overlapped, self._milliseconds()
+        )
+        error = 0 if ended else _last_error()
+        if overlapped.value is None:
+            return
+        operation, client, task = self._operations.pop(overlapped.value)
+        client.operations.remove(operation)
+        operation.end()
+        self._advance(client, task, (error, count.value))
+
+    def _milliseconds(self) -> int:
+        deadline = next(iter(self._deadlines.values()), math.inf)
+        if self._retry_at > time.monotonic():
+            deadline = min(deadline, self._retry_at)
+        if deadline == math.inf:
+            return INFINITE
+        return math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
+
+    def _begin(self, client: _Client, task: _Task) -> None:
+        client.tasks += 1
+        self._advance(client, task, None)
+
+    def _advance(self, client: _Client, task: _Task, result: Any) -> None:
+        """Resume a task, and start the operation that it yields."""
+        try:
+            while True:
+                operation = task.send(result)
+                if operation is None:
+                    return
+                error = ERROR_OPERATION_ABORTED
+                if not client.is_cut_off:
+                    address = ctypes.addressof(operation.overlapped)
+                    self._operations[address] = operation, client, task
+                    client.operations.add(operation)
+                    error = operation.start()
+                    if not error:
+                        return
+                    del self._operations[address]
+                    client.operations.remove(operation)
+                    operation.end()
+                result = error, 0
+        except StopIteration:
+            pass
+        except OperationCancelledError:
+            pass
+        except OSError as error:
+            self._notes.append(("debug", "a client has failed: %s", error))
+        except Exception as error:
+            self._notes.append(("error", "a client was given up: %r", error))
+        client.tasks -= 1
+        if not client.tasks:
+            self._see_off(client)
+
+    def _see_off(self, client: _Client) -> None:
+        self._clients.discard(client)
+        self._deadlines.pop(client, None)
+        self._connected -= client.is_connected
+        if self._offered is client:
+            self._offered = None
+        client.conversation = None
+        client.handle = None  # the last reference: this closes the handle
+
+    def _allow(self, client: _Client, *, is_idle: bool) -> None:
+        """Give a client the time limit for its next step."""
+        self._deadlines.pop(client, None)
+        seconds = self._server.request_timeout
+        if self._is_stopping:
+            seconds = _STOP_GRACE if seconds is None else min(seconds, _STOP_GRACE)
+        self._deadlines[client] = _deadline(seconds)
+        client.is_idle = is_idle
+
+    # The tasks of a client.
+
+    def _converse(self, client: _Client) -> _Task:
+        """Talk with a client, from its connection to its response."""
+        error, _ = yield _Operation(client.handle, "ConnectNamedPipe")
+        if self._offered is client:
+            self._offered = None
+        if error not in (0, ERROR_PIPE_CONNECTED):
+            return  # ERROR_NO_DATA: it came and went
+        client.is_connected = True
+        self._connected += 1
+        is_leaving = False
+        try:
+            self._allow(client, is_idle=True)
+            response = yield from self._receive(client)
+            client.is_cut_off = False
+            self._begin(client, self._drain(client))
+            if response is None:
+                self._deadlines.pop(client, None)
+                client.is_idle = False
+                self._at_handler.append(client)
+                self._requests.put(client)
+                response = yield None
+            if response is not None:
+                self._allow(client, is_idle=False)
+                yield from self._write(client, response)
+            if response == SHIM_SUCCESS:
+                yield from self._write(client, b"")
+                self._allow(client, is_idle=True)
+                is_leaving = not self._is_stopping
+        finally:
+            # After a success, _drain() goes on until the client has left.
+            if not is_leaving:
+                client.cut_off()
+
+    def _receive(self, client: _Client) -> Generator[_Operation, Any, bytes | None]:
+        """Read a request. Return None if it is complete, or else what to tell the client."""
+        reader = _RequestReader()
+        try:
+            while not reader.feed((yield from self._read(client))):
+                pass
+            client.request = reader.request()
+        except ValueError as error:
+            return str(error).encode("utf-8", "backslashreplace")
+        except OperationCancelledError:
+            return _STOPPED if self._is_stopping else _TOO_LATE
+        return _STOPPED if self._is_stopping else None
+
+    def _drain(self, client: _Client) -> _Task:
+        """Read what a client sends after its request, which it could not end otherwise."""
+        left = MAX_REQUEST
+        while left > 0:
+            data = yield from self._read(client)
+            if not data:
+                return
+            left -= len(data)
+
+    def _read(self, client: _Client) -> Generator[_Operation, Any, bytes]:
+        buffer = (ctypes.c_char * _READ_SIZE)()
+        error, count = yield _Operation(client.handle, "ReadFile", buffer, len(buffer), None)
+        if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
+            return b""
+        if error not in (0, ERROR_MORE_DATA):
+            raise _exchange_error(error, self._server.pipe_path)
+        return ctypes.string_at(buffer, count)
+
+    def _write(self, client: _Client, data: bytes) -> Generator[_Operation, Any, None]:
+        error, _ = yield _Operation(client.handle, "WriteFile", data, len(data), None)
+        if error:
+            raise _exchange_error(error, self._server.pipe_path)
 
 
-class _JSONEnd:
-    """Finds, piece by piece, where a JSON object ends, or where it can't be one any more."""
+def _create_port() -> _Handle:
+    """Return a new completion port. Only the I/O thread calls this, which Ctrl-C doesn't reach."""
+    port = _kernel32.CreateIoCompletionPort(INVALID_HANDLE_VALUE, None, 0, 1)
+    if not port:
+        raise OSError(errno.ENOMEM, f"no completion port can be had (Win32 error {_last_error()})")
+    return _Handle(port)
+
+
+def _error_text(error: Exception) -> bytes:
+    """Return what a client is told of the handler's exception: not empty, and not success."""
+    for describe in str, repr:
+        try:
+            data = describe(error)[:_MAX_ERROR_TEXT].encode("utf-8", "backslashreplace")
+        except Exception:  # the handler's own code, which may be as broken as its exception
+            continue
+        # Don't cut in the middle of a character.
+        data = data[:_MAX_ERROR_TEXT].decode("utf-8", "ignore").encode()
+        if data not in (b"", SHIM_SUCCESS):
+            return data
+    return b"the handler failed, and so did the text of its exception"
+
+
+class _RequestReader:
+    """Puts a request together from pieces, and finds its end without parsing it again each time."""
 
     def __init__(self) -> None:
+        self._received = bytearray()
         self._depth = 0
         self._in_string = False
         self._escaped = False
 
-    def is_in(self, piece: bytes) -> bool:
+    def feed(self, piece: bytes) -> bool:
+        """Take the next piece; b"" is end of file. Return True to stop: it is complete, or broken.
+
+        Raises ValueError if it is too long.
+        """
+        self._received += piece
+        if not piece or self._is_end_in(piece):
+            return True
+        if len(self._received) >= MAX_REQUEST:
+            raise ValueError(f"the request is longer than {MAX_REQUEST} bytes")
+        return False
+
+    def request(self) -> VMRequest:
+        """Return the request. Raises ValueError if it is none that a handler may see."""
+        request = VMRequest.from_json(bytes(self._received))
+        request.check()
+        return request
+
+    def _is_end_in(self, piece: bytes) -> bool:
+        """Tell whether the JSON object ends in this piece, or can't be one any more."""
         for byte in piece:
             if self._in_string:
                 if byte < 0x20:
@@ -1478,6 +2411,7 @@ class _JSONEnd:
                 self._depth -= 1
                 if self._depth <= 0:
                     return True
+            # Punctuation, digits, and the letters of true, false and null.
             elif self._depth == 0 or byte not in b'",:-+.0123456789eEtrufalsn':
                 return True
             elif byte == 0x22:
@@ -1485,7 +2419,7 @@ class _JSONEnd:
         return False
 
 
-# ---- Command line -----------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 _EXAMPLES = """\
 examples:
@@ -1496,53 +2430,83 @@ examples:
   vmshim.py pipe-path 6ba7b810-9dad-11d1-80b4-00c04fd430c8
   vmshim.py serve --pipe \\\\.\\pipe\\my-shim
   vmshim.py demo
-
-exit status:
-  0  done
-  1  the shim refused; its text is on stderr
-  2  usage
-  3  no such container or VM, or nobody listens there
-  4  access denied; it takes an elevated administrator
-  5  busy; nothing was sent, try again
-  6  no answer in time, or the connection broke; the outcome is unknown
-  130  Ctrl-C
 """
+
+
+def _epilog() -> str:
+    rows = sorted(_OUTCOMES, key=lambda outcome: outcome.status)
+    statuses = "\n".join(f"  {outcome.status:<3}  {outcome.meaning}" for outcome in rows)
+    return f"{_EXAMPLES}\nexit status:\n{statuses}\n"
+
+
+class _UsageError(ValueError):
+    """Wrong arguments of a command."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    # A redirected stream may not know all characters of an ID.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    failure: BaseException
+    try:
+        for stream in sys.stdout, sys.stderr:
+            # A console or a file may not know every character.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return _run_command(words)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = error
+    _print_failure(failure)
+    if "--json" in words:
+        _print_json(None, None, None, failure, 0.0)
+    return _outcome_of(failure).status
+
+
+def _run_command(words: list[str]) -> int:
+    parser = _make_parser()
+    if not words:
+        parser.print_help()
+        return 2
+    options = parser.parse_args(words)
     if getattr(options, "verbose", False):
         import logging
 
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
         status: int = options.run(options)
-        return status
+    except VMShimError:
+        raise
     except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    except (ShimError, LookupError, OSError) as error:
-        print(_text(error), file=sys.stderr)
-        return _exit_status(error)
+        raise _UsageError(options.parser, str(error)) from None
+    return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise _UsageError(self, message)
+
+        def _print_message(self, message: str, file: Any = None) -> None:
+            _print(message.rstrip("\n"))
+
+    parser = Parser(
         prog="vmshim.py",
         description="Talk to a runhcs VM shim.",
-        epilog=_EXAMPLES,
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vmshim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add_command(name: str, run: Callable[[Any], int], text: str, more: str = "") -> Any:
+        command = commands.add_parser(name, help=text, description=text + more)
+        command.set_defaults(run=run, parser=command)
+        return command
 
     def add_where(command: argparse.ArgumentParser, *, required: bool) -> None:
         where = command.add_mutually_exclusive_group(required=required)
@@ -1550,21 +2514,18 @@ def _parser() -> argparse.ArgumentParser:
         where.add_argument("--pipe", metavar="PATH", help="the path of its shim's pipe")
 
     def add_root(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--root",
-            default="default",
-            help="what runhcs was given as --root (default: %(default)s)",
-        )
+        text = "runhcs's --root (default: %(default)s)"
+        command.add_argument("--root", default="default", help=text)
 
     for op, text in {
-        VMRequestOp.CREATE_CONTAINER: "create a container in the VM",
-        VMRequestOp.SYNC_NAMESPACE: "sync a container's network namespace",
-        VMRequestOp.UNMOUNT_CONTAINER: "take a container's file systems out of the VM",
-        VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only a container's disks out of the VM",
+        VMRequestOp.CREATE_CONTAINER: "create containers in their VM",
+        VMRequestOp.SYNC_NAMESPACE: "sync containers' network namespaces",
+        VMRequestOp.UNMOUNT_CONTAINER: "take containers' file systems out of their VM",
+        VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only containers' disks out of their VM",
     }.items():
-        description = f"{text}; without --vm or --pipe, the VM is the one that runhcs knows"
-        command = commands.add_parser(op.value, help=text, description=description)
-        command.add_argument("id", metavar="ID", help="the container's ID")
+        more = "; without --vm or --pipe, the VM is looked up in runhcs's registry state"
+        command = add_command(op.value, _run_requests, text, more)
+        command.add_argument("ids", metavar="ID", nargs="+", help="a container's ID")
         add_where(command, required=False)
         add_root(command)
         command.add_argument(
@@ -1574,81 +2535,160 @@ def _parser() -> argparse.ArgumentParser:
             metavar="S",
             help="seconds to try while the pipe is busy (default: %(default)s)",
         )
-        command.add_argument(
-            "--timeout", type=float, metavar="S", help="seconds to wait for the answer"
-        )
-        command.add_argument("--json", action="store_true", help="print the outcome as JSON")
+        text = "seconds to wait for the response (default: no limit)"
+        command.add_argument("--timeout", type=float, metavar="S", help=text)
+        command.add_argument("--json", action="store_true", help="print a line of JSON for each ID")
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
-        command.set_defaults(run=_run_request, op=op)
+        command.set_defaults(op=op)
 
-    text = "list runhcs's containers on this host"
-    command = commands.add_parser("list", help=text, description=text)
+    command = add_command("list", _run_list, "list runhcs's containers on this host")
     add_root(command)
     command.add_argument("--json", action="store_true", help="print a JSON array")
-    command.set_defaults(run=_run_list)
 
-    text = "print the path of a VM shim's pipe"
-    command = commands.add_parser("pipe-path", help=text, description=text)
+    command = add_command("pipe-path", _run_pipe_path, "print the path of a VM shim's pipe")
     command.add_argument("vm", metavar="GUID", help="the VM's HostUniqueID")
-    command.set_defaults(run=_run_pipe_path)
 
-    text = "answer requests, and print each, until Ctrl-C"
-    command = commands.add_parser("serve", help=text, description=text)
+    command = add_command("serve", _run_serve, "respond to requests, and print each, until Ctrl-C")
     add_where(command, required=True)
     command.add_argument("--fail", metavar="TEXT", help="refuse every request with this text")
     command.add_argument(
         "--handshake",
         action="store_true",
-        help="be a child: read options as JSON from stdin, tell on stdout that the pipe is ready "
-        "and close it, and print to stderr",
+        help="start like a shim that runhcs launches: read a JSON object from stdin (ignored), "
+        "write the success bytes to stdout when the pipe exists, close stdout, print to stderr",
     )
-    command.set_defaults(run=_run_serve)
 
-    text = "show a request and a refusal, on a pipe that needs no elevation"
-    command = commands.add_parser("demo", help=text, description=text)
-    command.set_defaults(run=_run_demo)
+    add_command(
+        "demo", _run_demo, "show a request and a refusal, on a pipe that needs no elevation"
+    )
     return parser
 
 
-def _run_request(options: argparse.Namespace) -> int:
-    pipe_path: str | None = options.pipe
-    timeouts = {"connect_timeout": options.connect_timeout, "timeout": options.timeout}
+def _run_requests(options: argparse.Namespace) -> int:
+    """Send one request after the other; return the exit status of the first that failed."""
+    for container_id in options.ids:
+        _check_request(
+            container_id, options.op, options.connect_timeout, options.timeout, MAX_RESPONSE
+        )
+    first_failure = 0
+    for container_id in options.ids:
+        status = _run_request(options, container_id)
+        first_failure = first_failure or status
+        if status == 130:
+            break
+    return first_failure
+
+
+def _run_request(options: argparse.Namespace, container_id: str) -> int:
+    pipe_path = None
+    limits = {"connect_timeout": options.connect_timeout, "timeout": options.timeout}
     started = time.monotonic()
-    failure: Exception | None = None
+    failure: BaseException | None = None
+    display = _WaitDisplay()
     try:
-        with _seconds_shown():
-            if options.pipe or options.vm:
-                pipe_path = options.pipe or vm_pipe_path(options.vm)
-                issue_vm_request(pipe_path, VMRequest(options.id, options.op), **timeouts)
-            else:
-                container = read_container(options.id, root=options.root)
-                pipe_path = container.vm_pipe_path()
-                _ask_vm(container, options.op, **timeouts)
-    except (ShimError, LookupError, OSError) as error:
+        display.start()
+        if options.pipe is None and options.vm is None:
+            container = read_container(container_id, root=options.root)
+            pipe_path = container.vm_pipe_path()
+            _issue_to_vm(container, options.op, **limits)
+        else:
+            pipe_path = vm_pipe_path(options.vm) if options.pipe is None else options.pipe
+            issue_vm_request(pipe_path, VMRequest(container_id, options.op), **limits)
+    except (Exception, KeyboardInterrupt) as error:
         failure = error
-        print(_text(error), file=sys.stderr)
+    finally:
+        display.stop()
+    if isinstance(failure, ValueError) and not isinstance(failure, VMShimError):
+        raise failure
+    if failure is not None:
+        _print_failure(failure)
     if options.json:
-        outcome = {
-            "id": options.id,
-            "op": options.op.value,
-            "pipe": pipe_path,
-            "ok": failure is None,
-            "error": failure and _text(failure),
-            "elapsed_ms": round((time.monotonic() - started) * 1000, 1),
-        }
-        print(json.dumps(outcome))
-    return _exit_status(failure) if failure else 0
+        _print_json(container_id, options.op, pipe_path, failure, time.monotonic() - started)
+    return _outcome_of(failure).status
+
+
+def _print_json(
+    container_id: str | None,
+    op: str | None,
+    pipe_path: str | None,
+    failure: BaseException | None,
+    seconds: float,
+) -> None:
+    """Print how a request has ended, as one line of JSON."""
+    import json
+    import platform
+
+    outcome = _outcome_of(failure)
+    row = {
+        "host": platform.node(),
+        "id": container_id,
+        "op": op,
+        "pipe": pipe_path,
+        "ok": failure is None,
+        "status": outcome.status,
+        "error": None if failure is None else _describe(failure),
+        "outcome": outcome.outcome,
+        "retry": isinstance(failure, NotSentError),
+        "elapsed_ms": round(seconds * 1000, 1),
+        "version": __version__,
+    }
+    _print(json.dumps(row))
+
+
+def _print_failure(failure: BaseException) -> None:
+    """Say on stderr why a command failed; Ctrl-C needs no words."""
+    if isinstance(failure, _UsageError):
+        prog = failure.parser.prog
+        _print(f"{failure.parser.format_usage()}{prog}: error: {failure}", "stderr")
+    elif _outcome_of(failure).status == 70:
+        import traceback
+
+        lines = traceback.format_exception(type(failure), failure, failure.__traceback__)
+        _print("".join(lines).rstrip("\n"), "stderr")
+    elif not isinstance(failure, KeyboardInterrupt):
+        _print(_describe(failure), "stderr")
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, _PipeError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+def _print(text: str, stream_name: str = "stdout") -> None:
+    """Print a text to stdout or stderr, and drop what can't be printed.
+
+    The exit status tells the outcome even so. A shim's text must not be able to drive the
+    administrator's terminal, so control characters are escaped.
+    """
+    text = "".join(
+        char
+        if char.isprintable() or char in "\n\t"
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
+    stream = getattr(sys, stream_name)
+    if stream is None:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        # Python would try to flush it again at its end, and change the exit status.
+        setattr(sys, stream_name, None)
 
 
 def _run_list(options: argparse.Namespace) -> int:
+    import json
+
     containers = sorted(list_containers(root=options.root))
-    shims = [_shim_listens(container) for container in containers]
+    shims = [_vm_shim_status(container) for container in containers]
     if options.json:
-        rows = [
-            {**container._asdict(), "created": _format_time(container.created, 0), "vm_shim": shim}
-            for container, shim in zip(containers, shims)
-        ]
-        print(json.dumps(rows, default=str, indent=2))
+        rows = []
+        for container, shim in zip(containers, shims):
+            row = {**container._asdict(), "vm_shim": shim}
+            row["created"] = _go_time(container.created, row.pop("created_nanosecond"))
+            rows.append(row)
+        _print(json.dumps(rows, default=str, indent=2))
         return 0
     table = [("ID", "VM", "OWNER", "CREATED", "VM SHIM")]
     for container, shim in zip(containers, shims):
@@ -1656,129 +2696,128 @@ def _run_list(options: argparse.Namespace) -> int:
         created = container.created.isoformat(" ", "seconds")
         table.append((container.id, vm, container.owner or "-", created, shim or "-"))
     widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for cells in table:
+        _print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     return 0
 
 
-def _shim_listens(container: Container) -> str | None:
-    """Tell whether a container's VM's shim is free, busy or absent; None if it runs in no VM."""
+def _vm_shim_status(container: Container) -> str | None:
+    """Tell whether the shim of a container's VM is free, busy or absent; None: there is no VM."""
     try:
         path = container.vm_pipe_path()
-    except LookupError:
+    except ContainerNotFoundError:
         return None
     # Opening the pipe would take an instance from a client.
-    verdict = _kernel32.WaitNamedPipeW(path, 1)
-    return {0: "free", ERROR_SEM_TIMEOUT: "busy"}.get(verdict, "absent")
+    if _kernel32.WaitNamedPipeW(path, 1):
+        return "free"
+    return "busy" if _last_error() == ERROR_SEM_TIMEOUT else "absent"
 
 
 def _run_pipe_path(options: argparse.Namespace) -> int:
-    print(vm_pipe_path(options.vm))
+    _print(vm_pipe_path(options.vm))
     return 0
 
 
 def _run_serve(options: argparse.Namespace) -> int:
-    def carry_out(request: VMRequest) -> None:
-        print(VMRequestOp(request.op).value, request.id, flush=True)
+    def print_request(request: VMRequest) -> None:
+        _print(f"{request.op} {request.id}")
         if options.fail is not None:
-            raise RuntimeError(options.fail)
+            raise ShimError(options.fail)
 
-    def server() -> VMShimServer:
-        return VMShimServer(options.pipe or vm_pipe_path(options.vm), carry_out)
+    def make_server() -> VMShimServer:
+        path = vm_pipe_path(options.vm) if options.pipe is None else options.pipe
+        return VMShimServer(path, print_request)
 
-    with _handshake(server) if options.handshake else server() as serving:
-        print(f"serving {serving.pipe_path} until Ctrl-C", file=sys.stderr, flush=True)
-        serving.serve_forever()
+    with _handshake(make_server) if options.handshake else make_server() as server:
+        _print(f"serving {server.pipe_path} until Ctrl-C", "stderr")
+        server.serve_forever()
     return 0
 
 
-def _handshake(server: Callable[[], VMShimServer]) -> VMShimServer:
+def _handshake(make_server: Callable[[], VMShimServer]) -> VMShimServer:
     """Start as a shim process does: options on stdin, then success or an error on stdout."""
     try:
-        _expect(_Object, "the options on stdin", _whole_go_value(sys.stdin.buffer.read()))
-        started = server()
-    except (ValueError, OSError) as error:
-        os.write(1, _text(error).encode())
+        options = _decode_only(sys.stdin.buffer.read())
+        _check_type("the options on stdin", options, _Object, "an object")
+        server = make_server()
+    except (ValueError, VMShimError) as error:
+        os.write(1, _describe(error).encode())
         raise
     os.write(1, SHIM_SUCCESS)
     # sys.stdout.close() would leave the handle open, and the parent waiting for its end.
     os.close(1)
     sys.stdout = sys.stderr
-    return started
+    return server
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    import threading
+    import _thread
 
     def carry_out(request: VMRequest) -> None:
         if request.op == VMRequestOp.SYNC_NAMESPACE:
-            raise RuntimeError("Not implemented")  # what the reference answers
+            raise ShimError("Not implemented")  # as the reference responds
+
+    def serve() -> None:
+        try:
+            server.serve_forever()
+        except ValueError:
+            pass  # Ctrl-C has closed it before it served
 
     with VMShimServer(rf"\\.\pipe\vmshim-demo-{uuid.uuid4()}", carry_out) as server:
-        threading.Thread(target=server.serve_forever, name="vmshim demo").start()
-        print(server.pipe_path)
+        _thread.start_new_thread(serve, ())
+        _print(server.pipe_path)
         for op in VMRequestOp.CREATE_CONTAINER, VMRequestOp.SYNC_NAMESPACE:
             request = VMRequest("demo", op)
-            answer = SHIM_SUCCESS
+            response = SHIM_SUCCESS
             try:
                 issue_vm_request(server.pipe_path, request, timeout=10.0)
                 outcome = "done"
             except ShimError as error:
-                answer = error.response
+                response = error.response
                 outcome = f"refused: {error}"
-            print(f"\n{op.value}: {outcome}")
-            print(f"  client to shim  {request.to_json()!r}")
-            print(f"  shim to client  {answer!r}")
+            _print(f"\n{op}: {outcome}")
+            _print(f"  client to shim  {request.to_json()!r}")
+            _print(f"  shim to client  {response!r}")
     return 0
 
 
-def _exit_status(error: Exception) -> int:
-    for kind, status in (
-        (ShimError, 1),
-        (PermissionError, 4),
-        (PipeBusyError, 5),
-        (ResponseTimeoutError, 6),
-        (BrokenPipeError, 6),
-    ):
-        if isinstance(error, kind):
-            return status
-    return 3
+class _WaitDisplay:
+    """Shows the seconds on stderr, if that is a terminal, while a wait lasts over a second."""
 
+    def __init__(self) -> None:
+        from queue import SimpleQueue
 
-def _text(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+        self._stop: SimpleQueue[bool] = SimpleQueue()
+        self._has_begun = False
+        self._has_ended = False
 
+    def start(self) -> None:
+        """Start to count, in a thread."""
+        if sys.stderr and sys.stderr.isatty():
+            import _thread
 
-def _seconds_shown() -> ContextManager[None]:
-    """While a wait lasts over a second, show the seconds on stderr if that is a terminal."""
-    import threading
-    from contextlib import contextmanager
+            _thread.start_new_thread(self._count, ())
 
-    @contextmanager
-    def shown() -> Iterator[None]:
-        if not sys.stderr.isatty():
-            yield
-            return
-        done = threading.Event()
-        counting = threading.Thread(target=count, args=(done,), name="vmshim seconds")
-        counting.start()
-        try:
-            yield
-        finally:
-            done.set()
-            counting.join()
+    def stop(self) -> None:
+        """Remove the line, and wait for the end of the thread."""
+        self._stop.put(True)
+        while self._has_begun and not self._has_ended:
+            time.sleep(0.01)
 
-    def count(done: threading.Event) -> None:
+    def _count(self) -> None:
+        self._has_begun = True
         started = time.monotonic()
         line = ""
-        while not done.wait(1.0):
-            line = f"waiting for the VM shim: {time.monotonic() - started:.0f} s"
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
-        print("\r" + " " * len(line) + "\r" if line else "", end="", file=sys.stderr, flush=True)
-
-    return shown()
+        try:
+            while not _get(self._stop, 1.0):
+                line = f"waiting for the VM shim: {time.monotonic() - started:.0f} s"
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            if line:
+                print("\r" + " " * len(line) + "\r", end="", file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass  # the terminal has gone
+        finally:
+            self._has_ended = True
 
 
 if __name__ == "__main__":
