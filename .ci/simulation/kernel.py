@@ -441,7 +441,7 @@ class Kernel:
                 return 1
             if value:
                 self._broken("handle", f"CloseHandle({value:#x}), which is closed already")
-            return self._result(ERROR_INVALID_HANDLE)
+            return self._result(ERROR_INVALID_HANDLE) if self.world.current else 0
         self._release(object_)
         return 1
 

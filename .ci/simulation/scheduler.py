@@ -24,6 +24,7 @@ from simulation.kernel import Process
 
 STEP = 2e-6  # seconds that pass between two switch points
 MAX_STEPS = 60_000  # more than that is a livelock
+MAX_SECONDS = 120.0  # of virtual time: no scenario takes longer
 
 
 class Task:
@@ -118,6 +119,10 @@ class Replay(Decisions):
         return self.given_faults.get(self.asked, 0.0)
 
 
+def _nothing() -> None:
+    """What a thread that has ended would do."""
+
+
 def _priority(task: Task) -> float:
     return task.priority
 
@@ -176,7 +181,9 @@ class Scheduler:
     def delay(self, what: str) -> float:
         """Tell how late the kernel does something this time, in seconds; mostly 0."""
         size = self.fault(f"late {what}")
-        return size * size * 2e-3
+        seconds = size * size * 2e-3
+        self.jumped += seconds
+        return seconds
 
     def chance(self, probability: float) -> bool:
         """Toss a coin."""
@@ -202,6 +209,16 @@ class Scheduler:
         if self.keep_history:
             self.history.append((self.now - self.started, repr(self.current), text))
 
+    def interrupted(self, task: Task, what: str) -> None:
+        """Take note of a Ctrl-C."""
+        self.note(f"*** Ctrl-C at: {what}")
+
+    def jump(self, seconds: float) -> None:
+        """Move the clock forward, as when the machine has slept."""
+        self.now += seconds
+        self.jumped += seconds
+        self.note(f"*** the clock jumps by {seconds:.3f} s")
+
     # Threads.
 
     def spawn(self, process: Process, name: str, function: Callable[[], object]) -> Task:
@@ -220,6 +237,7 @@ class Scheduler:
             pass
         finally:
             task.ended = True
+            task.function = _nothing  # lets go of what it refers to
             self.note("ends")
             if task in self.runnable:
                 self.runnable.remove(task)
@@ -277,6 +295,10 @@ class Scheduler:
                     self.broken("deadlock", f"nothing will ever wake {asleep}")
                 return None
             self.now = max(self.now, self.timers[0][0])
+            if self.now - self.started > MAX_SECONDS + self.jumped:
+                awake = ", ".join(repr(task) for task in self.tasks if not task.ended)
+                self.broken("endless", f"after {MAX_SECONDS} s there still is {awake}")
+                return None
             self._fire()
         if len(self.runnable) == 1:
             return self.runnable[0]
