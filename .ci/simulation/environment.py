@@ -286,10 +286,11 @@ class Freeing:
 
     def __call__(self, object_: Any) -> int:
         slot = self.slot
-        if slot.process.dead:
-            return 1
-        if slot.scheduler.keep_history and object_.value is not None:
-            slot.scheduler.note(f"{self.name} {object_.value:#x}")
+        value = object_.value
+        if slot.process.dead or (value or 0) - slot.process.first_handle & ~0xFFFF:
+            return 1  # of an earlier run, or of a call that failed
+        if slot.scheduler.keep_history:
+            slot.scheduler.note(f"{self.name} {value & 0xFFFF:#x}")
         result: int = self.implementation(slot.kernel, slot.process, object_)
         return result
 

@@ -141,12 +141,13 @@ class World(Protocol):
 class Process:
     """A simulated process: its handles, who runs it, and whether it lives."""
 
-    def __init__(self, name: str, *, elevated: bool = True) -> None:
+    def __init__(self, name: str, *, elevated: bool = True, first_handle: int = 4) -> None:
         self.name = name
         self.elevated = elevated
         self.dead = False
         self.handles: Dict[int, Waitable] = {}
-        self.next_value = 4
+        self.first_handle = first_handle
+        self.next_value = first_handle
         self.operations: List[Operation] = []
         self.descriptors: Dict[int, Any] = {}  # what LocalFree has to free
 

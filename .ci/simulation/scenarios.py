@@ -1,0 +1,786 @@
+"""What the runs are about: vmshim's server and its clients, and peers on the bare kernel.
+
+`SCENARIOS` at the end says how often each is drawn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+from greenlet import GreenletExit
+
+from simulation.environment import Slot, start_thread
+from simulation.kernel import Process
+from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
+from simulation.scheduler import Task
+
+# ---- Peers on the bare kernel -------------------------------------------------------------------
+
+
+class Peer:
+    """A process without vmshim: it calls the kernel, with handles that block."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run = run
+        self.process = Process(name)
+        self.kernel = run.kernel
+        self.world = run.scheduler
+
+    def start(self, behave: Callable[[], None]) -> Task:
+        """Start it; its process ends with it."""
+
+        def body() -> None:
+            behave()
+            self.kernel.end_process(self.process)
+
+        task = self.world.spawn(self.process, "peer", body)
+        self.run.peers.append(task)
+        return task
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Call a function of the kernel."""
+        self.world.point()
+        result: int = getattr(self.kernel, name)(self.process, *arguments)
+        self.world.note(f"{name} = {result:#x}")
+        return result
+
+    def sleep(self, seconds: float) -> None:
+        """Do nothing for a while."""
+        self.world.sleep(seconds)
+
+    def open(self, seconds: float) -> int:
+        """Open the pipe; 0 if it stays busy or isn't there."""
+        give_up = self.world.now + seconds
+        while True:
+            handle = self.call("CreateFileW", PATH, 0xC0000000, 0, None, 3, 0, None)
+            if handle < 2**31:
+                return handle
+            if self.world.current.last_error != 231 or self.world.now >= give_up:
+                return 0
+            self.call("WaitNamedPipeW", PATH, 50)
+
+    def write(self, handle: int, data: bytes) -> bool:
+        """Write, and wait until it is read."""
+        return bool(self.call("WriteFile", handle, data, len(data), None, None))
+
+    def read(self, handle: int, size: int) -> bytes:
+        """Read; b"" at the end and at an error."""
+        buffer = (ctypes.c_char * size)()
+        count = Number()
+        if not self.call("ReadFile", handle, buffer, size, count, None):
+            return b""
+        return bytes(buffer[: count.value])
+
+    def close(self, handle: int) -> None:
+        """Close."""
+        self.call("CloseHandle", handle)
+
+
+class Number:
+    """Where the kernel stores a number."""
+
+    value = 0
+
+
+class _Plan(NamedTuple):
+    """How a peer behaves."""
+
+    name: str
+    behave: Callable[[Peer, random.Random, Request], None]
+
+
+def _silent(peer: Peer, draw: random.Random, request: Request) -> None:
+    handle = peer.open(1.0)
+    if handle:
+        peer.sleep(draw.choice((0.01, 0.5, 3.0)))
+
+
+def _instant(peer: Peer, draw: random.Random, request: Request) -> None:
+    for _ in range(draw.randrange(1, 6)):
+        handle = peer.open(0.2)
+        if handle:
+            peer.close(handle)
+
+
+def _half(peer: Peer, draw: random.Random, request: Request) -> None:
+    handle = peer.open(1.0)
+    if handle:
+        peer.write(handle, b'{"ID":"half')
+        peer.sleep(draw.choice((0.0, 0.3, 3.0)))
+
+
+def _garbage(peer: Peer, draw: random.Random, request: Request) -> None:
+    handle = peer.open(1.0)
+    if handle:
+        peer.write(handle, draw.choice((b"\xff\xfe", b"[1]", b"{}", b"\0", b"GET / HTTP/1.0\r\n")))
+        while peer.read(handle, 100):
+            pass
+
+
+def _deaf(peer: Peer, draw: random.Random, request: Request) -> None:
+    handle = peer.open(1.0)
+    if handle:
+        peer.write(handle, _message(request))
+        peer.sleep(draw.choice((0.01, 0.5, 3.0)))
+
+
+def _leaver(peer: Peer, draw: random.Random, request: Request) -> None:
+    handle = peer.open(1.0)
+    if handle:
+        peer.write(handle, _message(request))
+
+
+def _slow(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Write and read a byte at a time; what comes is checked."""
+    handle = peer.open(1.0)
+    if not handle:
+        return
+    request.began = peer.world.now
+    for byte in _message(request):
+        if not peer.write(handle, bytes((byte,))):
+            return
+    request.sent = peer.world.now
+    _take_answer(peer, handle, request, 1)
+
+
+def _flood(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Send more than a request; that mustn't cost it the answer."""
+    handle = peer.open(1.0)
+    if not handle:
+        return
+    if peer.write(handle, _message(request)):
+        for _ in range(3):
+            if not peer.write(handle, b"x" * 5000):
+                break
+        _take_answer(peer, handle, request, 100)
+
+
+def _take_answer(peer: Peer, handle: int, request: Request, size: int) -> None:
+    answer = b""
+    while True:
+        data = peer.read(handle, size)
+        answer += data
+        if not data:
+            break
+    if answer == b"\0OK\0":
+        request.outcome = "success"
+    elif answer:
+        request.outcome, request.message = "refused", answer.decode()
+    else:
+        request.outcome = "unknown"
+
+
+def _message(request: Request) -> bytes:
+    return b'{"ID":"%s","Op":"sync"}\n' % request.id.encode()
+
+
+PEERS = [
+    _Plan("silent", _silent),
+    _Plan("instant", _instant),
+    _Plan("half", _half),
+    _Plan("garbage", _garbage),
+    _Plan("deaf", _deaf),
+    _Plan("leaver", _leaver),
+    _Plan("slow", _slow),
+    _Plan("flood", _flood),
+]
+
+
+# ---- Servers on the bare kernel -----------------------------------------------------------------
+
+
+class BadServer(Peer):
+    """A server that isn't vmshim's, and mostly not a good one."""
+
+    def __init__(self, run: Run, name: str, behave: Callable[[BadServer, int], None]) -> None:
+        super().__init__(run, name)
+        self.behave = behave
+        self.quotas = (0, 0)
+        self.seconds = 0.0
+
+    def serve(self, times: int) -> None:
+        """Take some clients, one after the other."""
+        for _ in range(times):
+            handle = self.call(
+                "CreateNamedPipeW", PATH, 3, 4, 255, self.quotas[0], self.quotas[1], 0, None
+            )
+            if handle > 2**31:
+                return
+            self.call("ConnectNamedPipe", handle, None)
+            self.behave(self, handle)
+            self.close(handle)
+
+    def take_request(self, handle: int) -> Any:
+        """Read one request to its end; return its place in the ledger, or None."""
+        received = b""
+        while b"}" not in received:
+            data = self.read(handle, 100)
+            if not data:
+                return None
+            received += data
+        id_ = received.decode().split('"')[3]
+        return self.run.requests.get(id_)
+
+    def succeed(self, handle: int) -> None:
+        """Answer as the reference does, and wait until the client has gone."""
+        if self.write(handle, b"\0OK\0"):
+            self.call("FlushFileBuffers", handle)
+            self.write(handle, b"")
+            while self.read(handle, 100):
+                pass
+
+
+def _good(server: BadServer, handle: int) -> None:
+    request = server.take_request(handle)
+    if request:
+        request.handled.append(server.world.now)
+        request.answer = "success"
+        server.sleep(server.seconds)
+        server.succeed(handle)
+
+
+def _refuse(server: BadServer, handle: int) -> None:
+    request = server.take_request(handle)
+    if request:
+        request.answer = "refuse"
+        request.handled.append(server.world.now)
+        server.write(handle, b"refused " + request.id.encode())
+        server.call("FlushFileBuffers", handle)
+
+
+def _refuse_early(server: BadServer, handle: int) -> None:
+    """Refuse before the request is read, where there is room for the text."""
+    data = server.read(handle, 12)
+    if len(data) == 12:
+        request = server.run.requests[data.decode().split('"')[3]]
+        request.answer = "refuse"
+        request.handled.append(server.world.now)
+        request.must_be_refused = server.quotas[0] > 0
+        server.write(handle, b"refused " + request.id.encode())
+
+
+def _drip(server: BadServer, handle: int) -> None:
+    request = server.take_request(handle)
+    if request:
+        request.answer = "success"
+        request.handled.append(server.world.now)
+        for byte in b"\0OK":
+            server.write(handle, bytes((byte,)))
+            server.sleep(server.seconds)
+        server.write(handle, b"\0")
+
+
+def _tail(server: BadServer, handle: int) -> None:
+    request = server.take_request(handle)
+    if request:
+        request.answer = "tail"
+        server.write(handle, b"\0OK\0")
+        server.write(handle, b"x")
+
+
+def _truncate(server: BadServer, handle: int) -> None:
+    request = server.take_request(handle)
+    if request:
+        request.answer = "truncate"
+        server.write(handle, b"\0OK")
+
+
+def _empty(server: BadServer, handle: int) -> None:
+    if server.take_request(handle):
+        server.sleep(server.seconds)
+
+
+def _zero(server: BadServer, handle: int) -> None:
+    if server.take_request(handle):
+        server.write(handle, b"")
+        server.sleep(server.seconds)
+
+
+def _mute(server: BadServer, handle: int) -> None:
+    if server.take_request(handle):
+        while server.read(handle, 100):
+            pass
+
+
+def _blind(server: BadServer, handle: int) -> None:
+    server.sleep(3.0 + server.seconds)
+
+
+def _cut(server: BadServer, handle: int) -> None:
+    if server.take_request(handle):
+        server.write(handle, b"refused")
+        server.call("DisconnectNamedPipe", handle)
+
+
+def _hold(server: BadServer, handle: int) -> None:
+    """Succeed, but never come to the end."""
+    request = server.take_request(handle)
+    if request:
+        request.handled.append(server.world.now)
+        server.write(handle, b"\0OK\0")
+        while server.read(handle, 100):
+            pass
+
+
+BAD_SERVERS: List[Callable[[BadServer, int], None]] = [
+    _good,
+    _refuse,
+    _refuse_early,
+    _drip,
+    _tail,
+    _truncate,
+    _empty,
+    _zero,
+    _mute,
+    _blind,
+    _cut,
+    _hold,
+]
+
+# ---- The scenarios ------------------------------------------------------------------------------
+
+
+def exchange(run: Run) -> None:
+    """One to three of vmshim's clients and a server that isn't vmshim's."""
+    draw = run.random
+    run.bad_server = True
+    behave = draw.choice(BAD_SERVERS)
+    server = BadServer(run, behave.__name__.strip("_"), behave)
+    server.quotas = (draw.choice((0, 4096)), draw.choice((0, 0, 4096)))
+    server.seconds = draw.choice((0.0, 0.0, 0.005, 0.05, 0.1))
+    count = draw.choice((1, 1, 2, 3))
+    server.start(lambda: server.serve(2 * count))
+    for number in range(count):
+        _add_client(run, number)
+    _end_when_done(run, server.process)
+    _add_faults(run)
+    # Where nothing goes wrong, the text of a refusal that came early has to be seen.
+    run.quiet = not run.scheduler.actions and not any(s.faulty for s in run.slots[: run.used])
+
+
+def _end_when_done(run: Run, process: Process) -> None:
+    """End a server's process when there are no clients any more."""
+    clients = [task for task in run.scheduler.tasks if task.is_main]
+
+    def watch() -> None:
+        while any(not task.ended for task in clients):
+            run.scheduler.sleep(0.05)
+        run.end_process(process)
+
+    run.scheduler.spawn(Process("watch"), "watch", watch)
+
+
+def silence(run: Run) -> None:
+    """Silent clients delay an honest one by no more than 10 ms."""
+    draw = run.random
+    slot = run.new_slot("server")
+    server = ServerProcess(run, slot)
+    server.request_timeout = draw.choice((None, 10.0))
+    server.max_clients = 64
+    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
+    run.main(slot, server.main)
+    for number in range(draw.randrange(2, 6)):
+        plan = draw.choice(PEERS[:1] + PEERS[2:3])
+        peer = Peer(run, f"{plan.name}-{number}")
+        peer.start(_peer_body(peer, plan, draw.random(), run.new_request(f"r{number}"), 0.001))
+    _add_client(run, 0)
+    for request in run.requests.values():
+        request.connect_timeout = request.timeout = 5.0
+        request.seconds, request.answer = 0.0, "success"
+    run.honest_limit = 0.010
+
+
+class Plumbing:
+    """A Pipe that several threads use at a time, with a peer at the other end."""
+
+    def __init__(self, run: Run) -> None:
+        draw = run.random
+        self.run = run
+        self.slot = run.new_slot("user")
+        self.peer = BadServer(run, "peer", self.answer)
+        self.peer.quotas = (draw.choice((0, 3, 4096)), draw.choice((0, 3, 4096)))
+        self.sent = [bytes((65 + n,)) * draw.randrange(0, 9) for n in range(draw.randrange(0, 5))]
+        self.written = [bytes((97 + n,)) * draw.randrange(1, 9) for n in range(3)]
+        self.peer_reads = draw.choice((0, 1, 3, 100))
+        self.peer_waits = draw.choice((0.0, 0.0, 0.05, 0.3))
+        self.ends_by = draw.choice(("close", "cancel", "deadline", "close_write", "with"))
+        self.deadline = draw.choice((0.0, 0.05, 0.3, None))
+        self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
+        self.received = b""
+        self.arrived = b""
+        self.threads: List[Task] = []
+
+    def answer(self, peer: BadServer, handle: int) -> None:
+        """What the peer does: read some, write some, wait, close."""
+
+        def read() -> None:
+            for _ in range(self.peer_reads):
+                data = peer.read(handle, 4)
+                self.arrived += data
+                if not data:
+                    break
+
+        reader = peer.world.spawn(peer.process, "reads", read)
+        for piece in self.sent:
+            if not peer.write(handle, piece):
+                break
+        peer.sleep(self.peer_waits)
+        give_up = peer.world.now + 1.0
+        while not reader.ended and peer.world.now < give_up:
+            peer.sleep(0.01)
+
+    def main(self) -> None:
+        """Dial, have threads read and write, end it all in one of several ways."""
+        module = self.slot.module.__dict__
+        pipe = None
+        try:
+            pipe = module["dial_pipe"](PATH, timeout=self.deadline)
+            self._start(pipe.read, 3)
+            self._start_writing(pipe)
+            self.run.scheduler.sleep(self.pause)
+            if self.ends_by == "cancel":
+                pipe.cancel()
+            elif self.ends_by == "close_write":
+                pipe.deadline = self.run.scheduler.now + 0.5
+                pipe.close_write()
+        except KeyboardInterrupt:
+            pass
+        except module["VMShimError"]:
+            pass
+        except ValueError as error:
+            if "closed" not in str(error):
+                self.run.broken("exception", f"a pipe's user got {error!r}")
+        except GreenletExit:
+            raise
+        except BaseException as error:
+            self.run.broken("exception", f"a pipe's user got {error!r}")
+        self._close(pipe)
+        pipe = None
+        self._check()
+        self.run.kernel.end_process(self.slot.process)
+
+    def _close(self, pipe: Any) -> None:
+        if pipe is None:
+            return
+        began = self.run.scheduler.now
+        jumped = self.run.scheduler.jumped
+        for _ in range(4):
+            try:
+                pipe.close()
+                break
+            except KeyboardInterrupt:
+                pass
+        took = self.run.scheduler.now - began - (self.run.scheduler.jumped - jumped)
+        if took > 0.5:
+            self.run.broken("timeout", f"close() took {took:.3f} s")
+
+    def _check(self) -> None:
+        scheduler = self.run.scheduler
+        give_up = scheduler.now + 1.0
+        while any(not task.ended for task in self.threads) and scheduler.now < give_up:
+            scheduler.sleep(0.05)
+        self.threads.clear()
+        scheduler.sleep(0.02)
+        self.run.check_clean(self.slot, "after its pipe is closed")
+        whole = b"".join(self.sent)
+        if not whole.startswith(self.received):
+            self.run.broken("data", f"read {self.received!r} of {whole!r}")
+        whole = b"".join(self.written)
+        if not whole.startswith(self.arrived):
+            self.run.broken("data", f"{self.arrived!r} arrived of {whole!r}")
+
+    def _start(self, read: Any, size: int) -> None:
+        def body() -> None:
+            while True:
+                data = read(size)
+                self.received += data
+                if not data:
+                    return
+
+        self._spawn(body)
+
+    def _start_writing(self, pipe: Any) -> None:
+        def body() -> None:
+            for piece in self.written:
+                pipe.write(piece)
+
+        self._spawn(body)
+
+    def _spawn(self, body: Callable[[], None]) -> None:
+        module = self.slot.module.__dict__
+
+        def guarded() -> None:
+            try:
+                body()
+            except module["VMShimError"]:
+                pass
+            except ValueError as error:
+                if "closed" not in str(error):
+                    self.run.broken("exception", f"a pipe's user got {error!r}")
+
+        self.threads.append(
+            start_thread(self.run.kernel, self.slot.process, "thread", guarded)
+        )
+
+
+def plumbing(run: Run) -> None:
+    """A Pipe in several threads."""
+    user = Plumbing(run)
+    user.peer.start(lambda: user.peer.serve(1))
+    slot = user.slot
+
+    def main() -> None:
+        give_up = run.scheduler.now + 0.1
+        while "VMSHIM-SIMULATED" not in run.kernel.names and run.scheduler.now < give_up:
+            run.scheduler.sleep(0.001)
+        user.main()
+
+    run.main(slot, main)
+    _end_when_done(run, user.peer.process)
+    _add_faults(run)
+
+
+def rivals(run: Run) -> None:
+    """Two servers want the same name: Windows lets the first have it."""
+    draw = run.random
+    slot = run.new_slot("server")
+    server = ServerProcess(run, slot)
+    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
+    server.has_rival = True
+    run.main(slot, server.main)
+    other = run.new_slot("rival")
+    start = draw.choice((0.0, 0.0, 0.001, 0.1))
+
+    def rival() -> None:
+        module = other.module.__dict__
+        if start:
+            run.scheduler.sleep(start)
+        try:
+            second = module["VMShimServer"](PATH, print)
+            if not run.scheduler.tasks[0].ended and server.server is not None:
+                run.broken("name", "two servers have the same name")
+            second.close()
+            second = None
+        except module["PipeAccessError"]:
+            pass
+        except GreenletExit:
+            raise
+        except BaseException as error:
+            run.broken("exception", f"the rival got {error!r}")
+        run.check_clean(other, "after a rival's end")
+        run.kernel.end_process(other.process)
+
+    run.peers.append(run.main(other, rival))
+    _add_client(run, 0)
+
+
+
+
+def service(run: Run) -> None:
+    """A server, two to six clients of which some are hostile, and faults."""
+    draw = run.random
+    slot = run.new_slot("server")
+    server = ServerProcess(run, slot)
+    run.main(slot, server.main)
+    count = draw.randrange(2, 7)
+    honest = max(1, count - draw.randrange(0, 4))
+    for number in range(count):
+        if number < honest:
+            _add_client(run, number)
+        else:
+            plan = draw.choice(PEERS)
+            peer = Peer(run, f"{plan.name}-{number}")
+            request = run.new_request(f"r{number}")
+            start = draw.choice((0.0, 0.0, 0.001, 0.02))
+            peer.start(_peer_body(peer, plan, draw.random(), request, start))
+    _add_faults(run)
+
+
+def _peer_body(
+    peer: Peer, plan: _Plan, seed: float, request: Request, start: float
+) -> Callable[[], None]:
+    def body() -> None:
+        if start:
+            peer.sleep(start)
+        plan.behave(peer, random.Random(seed), request)
+
+    return body
+
+
+def _add_client(run: Run, number: int) -> None:
+    draw = run.random
+    slot = run.new_slot(f"client-{number}")
+    requests = [run.new_request(f"c{number}.{turn}") for turn in range(draw.choice((1, 1, 2)))]
+    start = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1))
+
+    def main() -> None:
+        if start:
+            run.scheduler.sleep(start)
+        for request in requests:
+            run.issue(slot, request)
+        run.check_clean(slot, "after its requests")
+        run.kernel.end_process(slot.process)
+
+    task = run.main(slot, main)
+    run.peers.append(task)
+
+
+class ServerProcess:
+    """A process that serves, is told to stop in one of several ways, and must leave nothing."""
+
+    def __init__(self, run: Run, slot: Slot) -> None:
+        draw = run.random
+        self.run = run
+        self.slot = slot
+        self.request_timeout = draw.choice((None, 0.1, 1.0, 10.0))
+        self.max_clients = draw.choice((1, 2, 64, 64))
+        self.stop_by = draw.choice(("shutdown", "close", "two", "handler", "interrupt"))
+        self.stop_when = draw.choice(("idle", "idle", "idle", "early", "soon"))
+        self.serve_twice = draw.random() < 0.2
+        self.server: Any = None
+        self.has_rival = False
+        self.admins: List[Task] = []
+
+    def main(self) -> None:
+        module = self.slot.module.__dict__
+        try:
+            self._serve(module)
+        except KeyboardInterrupt:
+            self._close()
+        except module["PipeOpenError"] as error:
+            lost = self.has_rival and isinstance(error, module["PipeAccessError"])
+            if not self.slot.faulty and not lost:
+                self.run.broken("exception", f"the server got {error!r}")
+            self._close()
+        except (RuntimeError, OSError) as error:
+            if not self.slot.faulty:
+                self.run.broken("exception", f"the server got {error!r}")
+            self._close()
+        except SystemExit:
+            self._close()
+        self.server = None
+        for task in self.admins:
+            while not task.ended:
+                self.run.scheduler.sleep(0.05)
+        self._check()
+        self.run.kernel.end_process(self.slot.process)
+
+    def _serve(self, module: Dict[str, Any]) -> None:
+        self.server = module["VMShimServer"](
+            PATH,
+            self._handler,
+            request_timeout=self.request_timeout,
+            max_clients=self.max_clients,
+        )
+        self._start_admin(self._admin)
+        with self.server:
+            self.server.serve_forever()
+            if self.serve_twice and not self.server._closed:
+                self.server.serve_forever()
+
+    def _start_admin(self, function: Callable[[], None]) -> None:
+        task = start_thread(self.run.kernel, self.slot.process, "admin", function)
+        self.admins.append(task)
+
+    def _handler(self, request: Any) -> None:
+        self.run.handle(self.slot, request)
+        if self.stop_by == "handler" and self.run.random.random() < 0.3:
+            self.server.close()
+
+    def _close(self) -> None:
+        """A close() that follows always finishes what was left."""
+        for _ in range(4):
+            try:
+                if self.server is not None:
+                    began = self.run.scheduler.now
+                    self.server.close()
+                    self._check_time("close()", began, 0.0)
+                return
+            except KeyboardInterrupt:
+                pass
+
+    def _admin(self) -> None:
+        scheduler = self.run.scheduler
+        if self.stop_when == "early":
+            scheduler.sleep(self.run.random.choice((0.0, 0.0, 0.001)))
+        elif self.stop_when == "soon":
+            scheduler.sleep(self.run.random.random() * 0.05)
+        else:
+            # A server without a time limit may have a client for ever.
+            give_up = scheduler.now + 40.0
+            while any(not task.ended for task in self.run.peers) and scheduler.now < give_up:
+                scheduler.sleep(0.05)
+        while self.server is not None:
+            self._stop_once()
+            scheduler.sleep(0.3)
+
+    def _stop_once(self) -> None:
+        server = self.server
+        if self.stop_by == "two":
+            self._start_admin(server.shutdown)
+        began = self.run.scheduler.now
+        jumped = self.run.scheduler.jumped
+        if self.stop_by == "close":
+            server.close()
+        else:
+            server.shutdown()
+        self._check_time("shutdown()", began, jumped)
+
+    def _check_time(self, what: str, began: float, jumped: float) -> None:
+        took = self.run.scheduler.now - began - (self.run.scheduler.jumped - jumped)
+        if took > STOP_SECONDS + TOLERANCE:
+            self.run.broken("timeout", f"{what} took {took:.3f} s")
+
+    def _check(self) -> None:
+        self.run.check_clean(self.slot, "after the server's end")
+        for line in self.slot.logged:
+            if "given up" in line or (line.startswith("error") and not self._may_log(line)):
+                self.run.broken("exception", f"the server logged {line}")
+
+    def _may_log(self, line: str) -> bool:
+        return "the handler failed" in line or bool(self.slot.faulty)
+
+
+def _add_faults(run: Run) -> None:
+    """Draw what goes wrong: Ctrl-C, deaths, errors, clocks."""
+    draw = run.random
+    used = run.slots[: run.used]
+    mains = [task for task in run.scheduler.tasks if task.is_main]
+    if draw.random() < 0.4:
+        task = draw.choice(mains[:1] * 3 + mains)
+        first = int(2 ** (draw.random() * 9))
+        task.interrupts = [first]
+        if draw.random() < 0.3:
+            task.interrupts.append(first + 1 + int(2 ** (draw.random() * 5)))
+    if draw.random() < 0.25:
+        victim = draw.choice(run.scheduler.tasks).process
+        step = int(2 ** (draw.random() * 10.5))
+        run.scheduler.actions[step] = lambda: run.kill(victim)
+    if draw.random() < 0.3:
+        slot = draw.choice(used)
+        names = ("CreateFileW", "CreateNamedPipeW", "CreateIoCompletionPort", "ReadFile")
+        more = ("WriteFile", "ConnectNamedPipe", "WaitNamedPipeW", "start_new_thread")
+        slot.faulty = frozenset(draw.sample(names + more, 2))
+    if draw.random() < 0.2:
+        step_size = 0.0156
+        for slot in used:
+            slot.clock_step = step_size
+    if draw.random() < 0.05:
+        run.scheduler.later(draw.random() * 0.1, lambda: run.scheduler.jump(draw.random() * 3))
+
+
+SCENARIOS: List[Tuple[float, Callable[[Run], None]]] = [
+    (0.70, service),
+    (0.85, exchange),
+    (0.95, plumbing),
+    (0.98, silence),
+    (1.00, rivals),
+]
+
+
+def scenario_for(seed: int) -> Callable[[Run], None]:
+    """Return the scenario of a seed."""
+    drawn = random.Random(seed ^ 0xFACE).random()
+    return next(scenario for share, scenario in SCENARIOS if drawn < share)
