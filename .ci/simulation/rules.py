@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import random
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, FrozenSet, List
 
 from greenlet import GreenletExit
 
@@ -70,6 +70,11 @@ class Run:
         self.used = 0
         self.requests: Dict[str, Request] = {}
         self.peers: List[Task] = []
+        self.without: FrozenSet[str] = frozenset()  # faults that are left out
+        self.deep = False
+        self.deep_random = random.Random(seed)
+        self.deep_rate = self.deep_random.choice((0.0, 0.001, 0.01))
+        self.tracing: Callable[[], object] = bool
         self.bad_server = False  # the requests go to a server that isn't vmshim's
         self.handling = 0
         self.order: List[str] = []

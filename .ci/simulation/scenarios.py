@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from greenlet import GreenletExit
 
-from simulation.environment import Slot, start_thread
+from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
 from simulation.kernel import Process
 from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
 from simulation.scheduler import Task
@@ -744,31 +744,58 @@ class ServerProcess:
 
 
 def _add_faults(run: Run) -> None:
-    """Draw what goes wrong: Ctrl-C, deaths, errors, clocks."""
-    draw = run.random
-    used = run.slots[: run.used]
-    mains = [task for task in run.scheduler.tasks if task.is_main]
+    """Draw what goes wrong; Run.without names what is left out, of what is drawn all the same."""
+    for name, add in FAULTS.items():
+        seed = run.random.random()
+        if name not in run.without:
+            add(run, random.Random(seed))
+
+
+def _add_interrupts(run: Run, draw: random.Random) -> None:
+    """Ctrl-C in a main thread, sometimes a second one soon after."""
     if draw.random() < 0.4:
+        mains = [task for task in run.scheduler.tasks if task.is_main]
         task = draw.choice(mains[:1] * 3 + mains)
-        first = int(2 ** (draw.random() * 9))
+        points = 12.0 if run.deep else 9.0
+        first = int(2 ** (draw.random() * points))
         task.interrupts = [first]
         if draw.random() < 0.3:
-            task.interrupts.append(first + 1 + int(2 ** (draw.random() * 5)))
+            task.interrupts.append(first + int(2 ** (draw.random() * (points - 4))))
+
+
+def _add_death(run: Run, draw: random.Random) -> None:
+    """The death of a process."""
     if draw.random() < 0.25:
-        victim = draw.choice(run.scheduler.tasks).process
+        tasks = [task for task in run.scheduler.tasks if task.name != "watch"]
+        victim = draw.choice(tasks).process
         step = int(2 ** (draw.random() * 10.5))
         run.scheduler.actions[step] = lambda: run.kill(victim)
+
+
+def _add_errors(run: Run, draw: random.Random) -> None:
+    """Calls that fail in one process, each time that Decisions.fault() says so."""
     if draw.random() < 0.3:
-        slot = draw.choice(used)
-        names = ("CreateFileW", "CreateNamedPipeW", "CreateIoCompletionPort", "ReadFile")
-        more = ("WriteFile", "ConnectNamedPipe", "WaitNamedPipeW", "start_new_thread")
-        slot.faulty = frozenset(draw.sample(names + more, 2))
+        slot = draw.choice(run.slots[: run.used])
+        slot.faulty = frozenset(draw.sample(_MAY_FAIL, 2))
+
+
+def _add_clock(run: Run, draw: random.Random) -> None:
+    """A time.monotonic() that moves in steps, as before Python 3.13 on Windows, and jumps."""
     if draw.random() < 0.2:
-        step_size = 0.0156
-        for slot in used:
-            slot.clock_step = step_size
+        for slot in run.slots[: run.used]:
+            slot.clock_step = 0.0156
     if draw.random() < 0.05:
-        run.scheduler.later(draw.random() * 0.1, lambda: run.scheduler.jump(draw.random() * 3))
+        seconds = draw.random() * 3
+        run.scheduler.later(draw.random() * 0.1, lambda: run.scheduler.jump(seconds))
+
+
+_MAY_FAIL = (*DOCUMENTED_ERRORS, "start_new_thread")
+FAULTS = {
+    "interrupts": _add_interrupts,
+    "death": _add_death,
+    "errors": _add_errors,
+    "clock": _add_clock,
+}
 
 
 SCENARIOS: List[Tuple[float, Callable[[Run], None]]] = [

@@ -277,6 +277,14 @@ class Scheduler:
             if chosen is not task:
                 self._switch(chosen)
 
+    def preempt(self) -> None:
+        """Let another thread go on where the current one wouldn't give way by itself."""
+        self.steps += 1
+        if self.violations:
+            self._stop()
+        others = [task for task in self.runnable if task is not self.current]
+        self._switch(self.decisions.pick(others, None, self.steps))
+
     def sleep(self, seconds: float) -> None:
         """Let virtual time pass for the current thread."""
         self.point()
