@@ -19,7 +19,7 @@ import sys
 import types
 from collections import deque
 from queue import Empty
-from typing import Any, Callable, Deque, Dict, List, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, Tuple
 
 from greenlet import GreenletExit
 
@@ -31,7 +31,7 @@ _FREEING = ("CloseHandle", "LocalFree")  # called by finalisers, so they can't b
 # The errors with which each function may fail, besides those that its arguments bring about:
 # ERROR_NOT_ENOUGH_MEMORY, ERROR_NO_SYSTEM_RESOURCES, and what its documentation names.
 DOCUMENTED_ERRORS: Dict[str, Tuple[int, ...]] = {
-    "CreateFileW": (8, 1450, 231, 5),
+    "CreateFileW": (8, 1450, 5),
     "CreateNamedPipeW": (8, 1450, 231),
     "CreateEventW": (8, 1450),
     "CreateIoCompletionPort": (8, 1450),
@@ -58,7 +58,8 @@ class Slot:
         modules = self._modules()
         imports = _imports(modules)
         namespace = self.module.__dict__
-        namespace["__builtins__"] = {**builtins.__dict__, "__import__": imports}
+        replaced = {"__import__": imports, "set": OrderedSet}
+        namespace["__builtins__"] = {**builtins.__dict__, **replaced}
         # dataclasses, enum and NamedTuple look their module up by its name.
         sys.modules["vmshim"] = self.module
         exec(code, namespace)
@@ -219,6 +220,22 @@ class Slot:
         return error
 
 
+class OrderedSet(Dict[Any, None]):
+    """A set in the order of insertion: the order of the built-in one changes from run to run."""
+
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        super().__init__((item, None) for item in items)
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def discard(self, item: Any) -> None:
+        self.pop(item, None)
+
+    def remove(self, item: Any) -> None:
+        del self[item]
+
+
 class Library:
     """A ctypes.WinDLL whose functions are the model's."""
 
@@ -365,4 +382,7 @@ def _describe(argument: Any) -> str:
     value = getattr(argument, "value", argument)
     if isinstance(value, str):
         return repr(value[-20:])
-    return hex(value) if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        # A handle without the base that its run has.
+        return hex(value & 0xFFFF if 0x10000 < value < 2**31 else value)
+    return str(value)

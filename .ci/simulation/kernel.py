@@ -314,6 +314,7 @@ class Operation:
         "size",
         "status",
         "task",
+        "vain_waits",
         "waiters",
         "with_overlapped",
         "written",
@@ -342,6 +343,7 @@ class Operation:
         self.written = b""
         self.message_reads = file.message_reads
         self.waiters: List[Any] = []
+        self.vain_waits = 0
 
 
 class Descriptor:
@@ -428,6 +430,8 @@ class Kernel:
         found = process.handles.get(value)
         if isinstance(found, kind):
             return found
+        if not value and function == "CancelIoEx":
+            return None  # does nothing
         if self.strict:
             state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"
             self._broken("handle", f"{function} got a handle that is {state}: {value:#x}")
@@ -1131,9 +1135,7 @@ class Kernel:
         if not file:
             return self._result(ERROR_INVALID_HANDLE)
         if overlapped.Internal == PENDING:
-            operation = self.started.get(ctypes.addressof(overlapped))
-            if (operation is None or operation.phase != "pending"):
-                self._broken("wait", "a wait for an operation that isn't pending")
+            self._check_wait(self.started.get(ctypes.addressof(overlapped)), seconds)
             if not seconds:
                 return self._result(ERROR_IO_INCOMPLETE)
             event = overlapped.hEvent
@@ -1146,6 +1148,15 @@ class Kernel:
         status = overlapped.Internal
         _store(count, overlapped.InternalHigh)
         return self._result(ERRORS[status])
+
+    def _check_wait(self, operation: Operation | None, seconds: float) -> None:
+        """Waiting for what failed at once is endless; a caller that can't know may try for once."""
+        if operation is None:
+            self._broken("wait", "a wait for an operation that was never started")
+        elif operation.phase != "pending":
+            operation.vain_waits += 1
+            if seconds == math.inf or operation.vain_waits > 2:
+                self._broken("wait", "a wait for an operation that isn't pending")
 
     # https://learn.microsoft.com/windows/win32/sync/using-event-objects
 

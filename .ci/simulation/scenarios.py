@@ -654,6 +654,10 @@ class ServerProcess:
             if not self.slot.faulty and not lost:
                 self.run.broken("exception", f"the server got {error!r}")
             self._close()
+        except ValueError as error:
+            if self.server is None or not self.server._closed:
+                self.run.broken("exception", f"the server got {error!r}")
+            self._close()
         except (RuntimeError, OSError) as error:
             if not self.slot.faulty:
                 self.run.broken("exception", f"the server got {error!r}")
