@@ -16,8 +16,12 @@ from typing import Any, Dict
 from simulation.rules import Run
 from simulation.scheduler import Task
 
-# 3.8 doesn't look for signals before SETUP_FINALLY and SETUP_WITH, which later became these.
-_SKIPPED = frozenset(("NOP", "CACHE", "PUSH_NULL", "RESUME", "PRECALL", "BEFORE_WITH"))
+# 3.8 doesn't look for signals before SETUP_FINALLY and SETUP_WITH, which later became the first of
+# these; the others are steps of raising an exception or resuming a generator, where nobody looks.
+_SKIPPED = frozenset(
+    ("NOP", "CACHE", "PUSH_NULL", "RESUME", "PRECALL", "BEFORE_WITH")
+    + ("PUSH_EXC_INFO", "POP_EXCEPT", "RERAISE", "COPY", "RETURN_GENERATOR", "SEND")
+)
 
 
 class Tracer:

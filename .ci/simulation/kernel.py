@@ -1045,7 +1045,8 @@ class Kernel:
         if overlapped is not None:
             overlapped.InternalHigh = operation.count
             overlapped.Internal = operation.status
-        self._signal(operation.event or file)
+        if operation.kind != "flush":  # FlushFileBuffers has an event of its own inside
+            self._signal(operation.event or file)
         self._wake(operation.waiters)
         if file.port and operation.address and operation.packet_wanted:
             packet = Packet(operation.status, operation.count, file.key, operation.address)

@@ -318,6 +318,7 @@ def _hold(server: BadServer, handle: int) -> None:
     """Succeed, but never come to the end."""
     request = server.take_request(handle)
     if request:
+        request.answer = "success"
         request.handled.append(server.world.now)
         server.write(handle, b"\0OK\0")
         while server.read(handle, 100):
@@ -455,7 +456,8 @@ class Plumbing:
         except GreenletExit:
             raise
         except BaseException as error:
-            self.run.broken("exception", f"a pipe's user got {error!r}")
+            if not (isinstance(error, RuntimeError) and self.slot.faulty):
+                self.run.broken("exception", f"a pipe's user got {error!r}")
         self._close(pipe)
         pipe = None
         self._check()
