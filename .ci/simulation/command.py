@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--suite", action="store_true", help="run test_vmshim.py's pipe tests")
     parser.add_argument("--file", default=os.path.join(ROOT, "vmshim.py"), help="another vmshim.py")
     parser.add_argument("--quiet", action="store_true", help="no histories of runs that fail")
+    parser.add_argument("--failures", type=int, default=10, help="stop after so many")
     options = parser.parse_args()
     if options.histories:
         return _check_histories()
@@ -142,7 +143,7 @@ def _run_many(simulator: Simulator, options: argparse.Namespace) -> int:
             print(f"seed {seed}: {violations[0]}", flush=True)
             if not options.quiet and failed == 1:
                 _show(simulator, seed, None, frozenset())
-            if failed >= 10:
+            if failed >= options.failures:
                 break
     rate = runs / (time.monotonic() - began)
     print(f"{runs} runs, {rate:.0f} runs/s, seed {first}, {failed} violations")

@@ -395,6 +395,7 @@ class Kernel:
         self.names: Dict[str, PipeName] = {}
         self.started: Dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
+        self.on_open: Callable[[Process, Instance], object] = _ignore
 
     def _broken(self, rule: str, text: str) -> None:
         if self.strict:
@@ -626,6 +627,7 @@ class Kernel:
         connects, instance.connects = instance.connects, []
         for operation in connects:
             self._finish(operation, SUCCESS)
+        self.on_open(process, instance)
         return self._new_handle(process, file)
 
     def WaitNamedPipeW(self, process: Process, path: Any, milliseconds: int) -> int:
@@ -1303,6 +1305,10 @@ class Kernel:
             return _value(memory)
         process.descriptors[_value(memory)] = None
         return 0
+
+
+def _ignore(process: Process, instance: Instance) -> None:
+    """Nobody wants to know who opens a pipe."""
 
 
 # ---- Names, numbers and memory ------------------------------------------------------------------

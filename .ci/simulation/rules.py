@@ -80,6 +80,8 @@ class Run:
         self.order: List[str] = []
         self.killed = False
         self.quiet = False
+        self.cut_off_after: float | None = None  # how long the server lets a client be silent
+        self.must_answer = False  # nothing goes wrong, so each request must be answered
         self.honest_limit = 0.0  # how long an honest client may take at most, if it isn't 0
 
     # Processes.
@@ -110,6 +112,10 @@ class Run:
         if not process.dead:
             self.kernel.end_process(process)
             self.scheduler.kill(process)
+
+    def faulty(self) -> bool:
+        """Tell whether calls fail in some process."""
+        return any(slot.faulty for slot in self.slots[: self.used])
 
     def broken(self, rule: str, text: str) -> None:
         """Take note that a rule is broken."""
@@ -230,6 +236,8 @@ class Run:
                 continue
             handled = bool(request.handled)
             outcome, answer = request.outcome, request.answer
+            if self.must_answer and outcome not in ("success", "refused"):
+                self.broken("calm", f"{request.id} saw {outcome}, and nothing had gone wrong")
             if outcome == "success" and not (handled and answer == "success"):
                 self.broken("ledger", f"{request.id} saw success: {answer}, handled: {handled}")
             elif outcome == "not sent" and handled:

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 from greenlet import GreenletExit
 
 from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
-from simulation.kernel import Process
+from simulation.kernel import CONNECTED, File, Instance, Process
 from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
 from simulation.scheduler import Task
 
@@ -94,7 +94,22 @@ class _Plan(NamedTuple):
 def _silent(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
+        since = peer.world.now
         peer.sleep(draw.choice((0.01, 0.5, 3.0)))
+        _check_cut_off(peer, handle, since)
+
+
+def _check_cut_off(peer: Peer, handle: int, since: float) -> None:
+    """A server has cut a silent client off in time."""
+    run = peer.run
+    limit = run.cut_off_after
+    late = peer.world.now - since - run.scheduler.jumped
+    file = peer.process.handles.get(handle)
+    if limit is None or late < limit + TOLERANCE or not isinstance(file, File):
+        return
+    server = file.instance.server
+    if server and not run.killed and not run.faulty():
+        run.broken("silence", f"{peer.process.name} was not cut off after {late:.3f} s")
 
 
 def _instant(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -107,8 +122,10 @@ def _instant(peer: Peer, draw: random.Random, request: Request) -> None:
 def _half(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
+        since = peer.world.now
         peer.write(handle, b'{"ID":"half')
         peer.sleep(draw.choice((0.0, 0.3, 3.0)))
+        _check_cut_off(peer, handle, since)
 
 
 def _garbage(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -123,7 +140,10 @@ def _deaf(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
         peer.write(handle, _message(request))
+        since = peer.world.now
         peer.sleep(draw.choice((0.01, 0.5, 3.0)))
+        if request.handled:
+            _check_cut_off(peer, handle, max(since, request.handled[0] + request.seconds))
 
 
 def _leaver(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -373,6 +393,21 @@ def _end_when_done(run: Run, process: Process) -> None:
     run.scheduler.spawn(Process("watch"), "watch", watch)
 
 
+def calm(run: Run) -> None:
+    """Nothing goes wrong, only the order is random: each request must be answered."""
+    draw = run.random
+    slot = run.new_slot("server")
+    server = ServerProcess(run, slot)
+    server.request_timeout = draw.choice((None, 10.0))
+    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
+    run.main(slot, server.main)
+    for number in range(draw.randrange(2, 7)):
+        _add_client(run, number, draw.choice((0.001, 0.001, 0.002, 0.05)))
+    for request in run.requests.values():
+        request.connect_timeout = request.timeout = 10.0
+    run.must_answer = True
+
+
 def silence(run: Run) -> None:
     """Silent clients delay an honest one by no more than 10 ms."""
     draw = run.random
@@ -611,11 +646,12 @@ def _peer_body(
     return body
 
 
-def _add_client(run: Run, number: int) -> None:
+def _add_client(run: Run, number: int, start: float = -1.0) -> None:
     draw = run.random
     slot = run.new_slot(f"client-{number}")
     requests = [run.new_request(f"c{number}.{turn}") for turn in range(draw.choice((1, 1, 2)))]
-    start = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1))
+    if start < 0:
+        start = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1))
 
     def main() -> None:
         if start:
@@ -643,10 +679,12 @@ class ServerProcess:
         self.serve_twice = draw.random() < 0.2
         self.server: Any = None
         self.has_rival = False
+        self.early = 0
         self.admins: List[Task] = []
 
     def main(self) -> None:
         module = self.slot.module.__dict__
+        self.run.cut_off_after = self.request_timeout
         try:
             self._serve(module)
         except KeyboardInterrupt:
@@ -681,10 +719,25 @@ class ServerProcess:
             max_clients=self.max_clients,
         )
         self._start_admin(self._admin)
+        self.early = self._count_clients()
+        self.run.kernel.on_open = self._somebody_opens
         with self.server:
             self.server.serve_forever()
             if self.serve_twice and not self.server._closed:
                 self.server.serve_forever()
+
+    def _count_clients(self) -> int:
+        """Return how many clients of other processes are connected."""
+        name = self.run.kernel.names.get("VMSHIM-SIMULATED")
+        states = [i.state for i in name.instances] if name else []
+        return states.count(CONNECTED)
+
+    def _somebody_opens(self, process: Process, instance: Instance) -> None:
+        if process is self.slot.process or self.slot.process.dead:
+            return
+        count = self._count_clients()
+        if count > self.max_clients + self.early:
+            self.run.broken("bound", f"{count} clients at a time, not {self.max_clients}")
 
     def _start_admin(self, function: Callable[[], None]) -> None:
         task = start_thread(self.run.kernel, self.slot.process, "admin", function)
@@ -805,7 +858,8 @@ FAULTS = {
 
 
 SCENARIOS: List[Tuple[float, Callable[[Run], None]]] = [
-    (0.70, service),
+    (0.60, service),
+    (0.70, calm),
     (0.85, exchange),
     (0.95, plumbing),
     (0.98, silence),
