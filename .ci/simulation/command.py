@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--deep", action="store_true", help="switch at each bytecode of vmshim.py")
     parser.add_argument("--shrink", action="store_true", help="find a smaller run that fails")
     parser.add_argument("--histories", action="store_true", help="check the model")
+    parser.add_argument("--mistakes", metavar="REGEX", nargs="?", const="", help="plant mistakes")
     parser.add_argument("--suite", action="store_true", help="run test_vmshim.py's pipe tests")
     parser.add_argument("--file", default=os.path.join(ROOT, "vmshim.py"), help="another vmshim.py")
     parser.add_argument("--quiet", action="store_true", help="no histories of runs that fail")
@@ -98,6 +99,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.histories:
         return _check_histories()
+    if options.mistakes is not None:
+        from simulation.planted import plant_all
+
+        return plant_all(options.file, options.mistakes)
     if options.suite:
         from simulation.suite import run_suite
 

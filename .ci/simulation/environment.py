@@ -53,6 +53,7 @@ class Slot:
         self.kernel: Any = None
         self.faulty: Any = ()
         self.clock_step = 0.0
+        self.fine = False
         self.logged: List[str] = []
         self.module = types.ModuleType("vmshim")
         modules = self._modules()
@@ -93,6 +94,8 @@ class Slot:
 
     def leave(self, task: Task, what: str) -> None:
         """A Ctrl-C may come when the call is done and its result not yet assigned."""
+        if self.fine:
+            self.scheduler.point()
         if task.interrupts:
             self._interrupt(task, f"{what}, done")
 

@@ -48,6 +48,7 @@ class Request:
         self.sent = 0.0  # when all of it was with the server
         self.outcome = "none"
         self.must_be_refused = False
+        self.must_be_answered = False
         self.message = ""
         self.handled: List[float] = []
 
@@ -72,6 +73,7 @@ class Run:
         self.peers: List[Task] = []
         self.without: FrozenSet[str] = frozenset()  # faults that are left out
         self.deep = False
+        self.fine = self.random.random() < 0.3  # a switch point after each call, too
         self.deep_random = random.Random(seed)
         self.deep_rate = self.deep_random.choice((0.0, 0.001, 0.01))
         self.tracing: Callable[[], object] = bool
@@ -92,6 +94,7 @@ class Run:
         self.used += 1
         process = Process(name, first_handle=self.first_handle)
         slot.begin(self.scheduler, self.kernel, process)
+        slot.fine = self.fine
         return slot
 
     def main(self, slot: Slot, function: Callable[[], None]) -> Task:
@@ -236,6 +239,9 @@ class Run:
                 continue
             handled = bool(request.handled)
             outcome, answer = request.outcome, request.answer
+            answered = outcome in ("success", "refused", "none") or (request.timeout or 0) < 1.0
+            if request.must_be_answered and self.quiet and not answered:
+                self.broken("ledger", f"{request.id} was under way and saw {outcome}")
             if self.must_answer and outcome not in ("success", "refused"):
                 self.broken("calm", f"{request.id} saw {outcome}, and nothing had gone wrong")
             if outcome == "success" and not (handled and answer == "success"):
@@ -244,10 +250,11 @@ class Run:
                 self.broken("ledger", f"{request.id} saw 'not sent' and was carried out")
             elif outcome == "refused":
                 expected = [REFUSALS[answer] + request.id] if handled and answer in REFUSALS else []
+                expected += ["\0OK\0"] if answer == "success" else []
                 expected += [] if handled else UNHEARD
                 # Who reads a byte at a time may see the server die in the middle of its text.
                 seen = request.message
-                whole = seen in expected
+                whole = seen in expected and seen != "\0OK\0"
                 if not whole and not (self.killed and any(e.startswith(seen) for e in expected)):
                     self.broken("ledger", f"{request.id} saw {seen!r}: {answer}")
         self._check_order()
@@ -280,5 +287,9 @@ class Run:
 def decisions_for(seed: int) -> Decisions:
     """Draw how a run is scheduled."""
     draw = random.Random(seed ^ 0x5EED)
-    rate = draw.choice((0.0, 0.001, 0.01, 0.05))
-    return Decisions(seed, pct=draw.random() < 0.4, fault_rate=rate)
+    return Decisions(
+        seed,
+        pct=draw.random() < 0.4,
+        fault_rate=draw.choice((0.0, 0.003, 0.02, 0.1)),
+        late_rate=draw.choice((0.0, 0.0, 0.02, 0.2, 0.6)),
+    )

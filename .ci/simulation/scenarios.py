@@ -139,11 +139,23 @@ def _garbage(peer: Peer, draw: random.Random, request: Request) -> None:
 def _deaf(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
-        peer.write(handle, _message(request))
-        since = peer.world.now
-        peer.sleep(draw.choice((0.01, 0.5, 3.0)))
-        if request.handled:
-            _check_cut_off(peer, handle, max(since, request.handled[0] + request.seconds))
+        _ask_deafly(peer, handle, request, draw.choice((0.01, 0.5, 3.0)))
+
+
+def _sleeper(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Be silent for a while, then ask, and don't read the answer."""
+    handle = peer.open(1.0)
+    if handle:
+        peer.sleep(draw.choice((0.05, 0.4, 0.8)))
+        _ask_deafly(peer, handle, request, 2.0)
+
+
+def _ask_deafly(peer: Peer, handle: int, request: Request, seconds: float) -> None:
+    peer.write(handle, _message(request))
+    since = peer.world.now
+    peer.sleep(seconds)
+    if request.handled:
+        _check_cut_off(peer, handle, max(since, request.handled[0] + request.seconds))
 
 
 def _leaver(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -205,6 +217,7 @@ PEERS = [
     _Plan("leaver", _leaver),
     _Plan("slow", _slow),
     _Plan("flood", _flood),
+    _Plan("sleeper", _sleeper),
 ]
 
 
@@ -378,7 +391,7 @@ def exchange(run: Run) -> None:
     _end_when_done(run, server.process)
     _add_faults(run)
     # Where nothing goes wrong, the text of a refusal that came early has to be seen.
-    run.quiet = not run.scheduler.actions and not any(s.faulty for s in run.slots[: run.used])
+    run.quiet = _is_quiet(run)
 
 
 def _end_when_done(run: Run, process: Process) -> None:
@@ -440,8 +453,9 @@ class Plumbing:
         self.sent = [bytes((65 + n,)) * draw.randrange(0, 9) for n in range(draw.randrange(0, 5))]
         self.written = [bytes((97 + n,)) * draw.randrange(1, 9) for n in range(3)]
         self.peer_reads = draw.choice((0, 1, 3, 100))
-        self.peer_waits = draw.choice((0.0, 0.0, 0.05, 0.3))
-        self.ends_by = draw.choice(("close", "cancel", "deadline", "close_write", "with"))
+        self.peer_waits = draw.choice((0.0, 0.0, 0.05, 0.3, 3.0))
+        ends = ("close", "cancel", "deadline", "close_write", "close_write under close")
+        self.ends_by = draw.choice(ends)
         self.deadline = draw.choice((0.0, 0.05, 0.3, None))
         self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
         self.received = b""
@@ -481,6 +495,9 @@ class Plumbing:
             elif self.ends_by == "close_write":
                 pipe.deadline = self.run.scheduler.now + 0.5
                 pipe.close_write()
+            elif self.ends_by == "close_write under close":
+                self._spawn(pipe.close_write)
+                self.run.scheduler.sleep(self.pause)
         except KeyboardInterrupt:
             pass
         except module["VMShimError"]:
@@ -494,8 +511,7 @@ class Plumbing:
             if not (isinstance(error, RuntimeError) and self.slot.faulty):
                 self.run.broken("exception", f"a pipe's user got {error!r}")
         self._close(pipe)
-        pipe = None
-        self._check()
+        self._check(pipe)
         self.run.kernel.end_process(self.slot.process)
 
     def _close(self, pipe: Any) -> None:
@@ -509,11 +525,13 @@ class Plumbing:
                 break
             except KeyboardInterrupt:
                 pass
+        for operation in self.slot.process.operations:
+            self.run.broken("left", f"{operation.kind} is pending after close()")
         took = self.run.scheduler.now - began - (self.run.scheduler.jumped - jumped)
         if took > 0.5:
             self.run.broken("timeout", f"close() took {took:.3f} s")
 
-    def _check(self) -> None:
+    def _check(self, pipe: Any) -> None:
         scheduler = self.run.scheduler
         give_up = scheduler.now + 1.0
         while any(not task.ended for task in self.threads) and scheduler.now < give_up:
@@ -630,9 +648,16 @@ def service(run: Run) -> None:
             plan = draw.choice(PEERS)
             peer = Peer(run, f"{plan.name}-{number}")
             request = run.new_request(f"r{number}")
-            start = draw.choice((0.0, 0.0, 0.001, 0.02))
+            start = draw.choice((0.0, 0.0, 0.001, 0.02, 0.3))
             peer.start(_peer_body(peer, plan, draw.random(), request, start))
     _add_faults(run)
+    run.quiet = _is_quiet(run)
+
+
+def _is_quiet(run: Run) -> bool:
+    """Tell whether nobody dies or is interrupted, and no call fails."""
+    interrupted = any(task.interrupts for task in run.scheduler.tasks)
+    return not run.scheduler.actions and not run.faulty() and not interrupted
 
 
 def _peer_body(
@@ -723,6 +748,7 @@ class ServerProcess:
         self.run.kernel.on_open = self._somebody_opens
         with self.server:
             self.server.serve_forever()
+            self._check_threads()
             if self.serve_twice and not self.server._closed:
                 self.server.serve_forever()
 
@@ -743,10 +769,19 @@ class ServerProcess:
         task = start_thread(self.run.kernel, self.slot.process, "admin", function)
         self.admins.append(task)
 
+    def _check_threads(self) -> None:
+        """When serve_forever() has returned, its thread has ended, or is at its last line."""
+        self.run.scheduler.note("serve_forever() has returned")
+        self.run.scheduler.sleep(0.01)
+        for task in self.run.scheduler.tasks:
+            if task.process is self.slot.process and task.name == "thread" and not task.ended:
+                self.run.broken("left", "serve_forever() has returned before its thread")
+
     def _handler(self, request: Any) -> None:
-        self.run.handle(self.slot, request)
         if self.stop_by == "handler" and self.run.random.random() < 0.3:
+            self.run.requests[request.id].must_be_answered = True
             self.server.close()
+        self.run.handle(self.slot, request)
 
     def _close(self) -> None:
         """A close() that follows always finishes what was left."""

@@ -52,9 +52,12 @@ class Task:
 class Decisions:
     """Makes the decisions of a run from a seed, and remembers those that aren't the plain ones."""
 
-    def __init__(self, seed: int, *, pct: bool = False, fault_rate: float = 0.0) -> None:
+    def __init__(
+        self, seed: int, *, pct: bool = False, fault_rate: float = 0.0, late_rate: float = 0.0
+    ) -> None:
         self.random = random.Random(seed)
         self.pct = pct
+        self.late_rate = late_rate
         self.fault_rate = fault_rate
         self.switches: Dict[int, str] = {}
         self.faults: Dict[int, float] = {}
@@ -91,6 +94,12 @@ class Decisions:
         size = self.random.random()
         return size or 0.5
 
+    def late(self) -> float:
+        """Return 0 if the kernel is on time, or else a random number that says how late it is."""
+        if self.random.random() >= self.late_rate:
+            return 0.0
+        return self.random.random() or 0.5
+
     def priority(self) -> float:
         """Return the priority of a new thread."""
         return self.random.random() + 1
@@ -116,6 +125,10 @@ class Replay(Decisions):
 
     def fault(self) -> float:
         """Repeat a fault if it is one of the given."""
+        return self.given_faults.get(self.asked, 0.0)
+
+    def late(self) -> float:
+        """Repeat a delay if it is one of the given."""
         return self.given_faults.get(self.asked, 0.0)
 
 
@@ -180,19 +193,23 @@ class Scheduler:
 
     def delay(self, what: str) -> float:
         """Tell how late the kernel does something this time, in seconds; mostly 0."""
-        size = self.fault(f"late {what}")
+        size = self._take_note(self.decisions.late(), f"late {what}")
+        if not size:
+            return 0.0
         seconds = size * size * 2e-3
         self.jumped += seconds
         return seconds
 
     def chance(self, probability: float) -> bool:
         """Toss a coin."""
-        return self.fault("coin") > 1 - probability
+        return self._take_note(self.decisions.late(), "coin") > 1 - probability
 
     def fault(self, what: str) -> float:
         """Return 0, or how large a fault is, from above 0 to below 1."""
+        return self._take_note(self.decisions.fault(), what)
+
+    def _take_note(self, size: float, what: str) -> float:
         decisions = self.decisions
-        size = decisions.fault()
         if size:
             decisions.faults[decisions.asked] = size
             self.note(f"*** fault {size:.3f} at: {what}")
