@@ -554,10 +554,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_string(key: str, value: Any) -> str:
-    import re
-
     _check_type(key, value, str, "a string")
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    text = str(value)
+    if not text.isascii():
+        text = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in text)
+    return text
 
 
 def _read_integer(key: str, value: Any) -> int:
@@ -1138,8 +1139,12 @@ ignores Ctrl-C."""
 _CHUNK = 65536
 """The most that is read at once, in bytes."""
 
-_under_way: set[_Operation] = set()
-"""The operations that Windows may still write to: it keeps their memory, come what may."""
+_NOT_STARTED = 1
+"""Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
+
+_under_way: dict[int, tuple[OVERLAPPED, object]] = {}
+"""What Windows may still write to, by the address of its OVERLAPPED. This keeps the memory, whatever
+Ctrl-C cuts short."""
 
 
 class _Operation:
@@ -1148,7 +1153,10 @@ class _Operation:
     A client waits for its end with wait(); the server gets it from a completion port.
     """
 
-    __slots__ = ("_cancelled", "arguments", "count", "event", "function", "handle", "overlapped")
+    __slots__ = (
+        *("_is_started", "address", "arguments", "count", "event", "function", "handle"),
+        "overlapped",
+    )
 
     def __init__(
         self, handle: _Handle | None, function: str, *arguments: Any, event: _Handle | None = None
@@ -1157,21 +1165,22 @@ class _Operation:
         self.function = function
         self.arguments = arguments
         self.event = event
-        self.overlapped = OVERLAPPED(hEvent=event and event.value)
+        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)
+        self.address = ctypes.addressof(self.overlapped)
         self.count = DWORD()
-        self._cancelled = False
+        self._is_started = False
 
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
-        _under_way.add(self)
+        _forget_ended()
+        _under_way[self.address] = self.overlapped, self.arguments
         start = getattr(_kernel32, self.function)
-        if start(self.handle, *self.arguments, self.overlapped):
-            return 0
-        error = _last_error()
-        if error in (ERROR_MORE_DATA, ERROR_IO_PENDING):
+        error = 0 if start(self.handle, *self.arguments, self.overlapped) else _last_error()
+        if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
+            self._is_started = True
             return 0
         # Windows leaves Internal at STATUS_PENDING, although nothing is pending.
-        self.overlapped.Internal = 0
+        self.overlapped.Internal = _NOT_STARTED
         return error
 
     def wait(self, seconds: float) -> int:
@@ -1192,19 +1201,25 @@ class _Operation:
         Ctrl-C may interrupt this; then it can be called again.
         """
         if self.is_pending():
-            cancelled_before, self._cancelled = self._cancelled, True
-            # CancelIoEx fails if nothing is pending, as after a start that failed at once and
-            # whose result was lost to Ctrl-C. Waiting for that would take for ever.
-            if _kernel32.CancelIoEx(self.handle, self.overlapped):
-                while self.is_pending():
-                    self.wait(_SLICE)
-            elif cancelled_before and self.is_pending():
-                return  # The first CancelIoEx may have succeeded: keep the memory.
-        _under_way.discard(self)
+            cancelled = _kernel32.CancelIoEx(self.handle, self.overlapped)
+            while self.is_pending():
+                self.wait(_SLICE)
+                # If Ctrl-C has hidden what start() returned, the operation may have failed at once,
+                # and stays at STATUS_PENDING for ever. One that is ending has ended by now.
+                if not (cancelled or self._is_started):
+                    break
+        _under_way.pop(self.address, None)
 
     def release(self) -> None:
         """Give the handle back, which tracebacks would keep open otherwise."""
         self.handle = None
+
+
+def _forget_ended() -> None:
+    """Give memory back that an operation has left behind because Ctrl-C cut its end short."""
+    for address, (overlapped, _) in list(_under_way.items()):
+        if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):
+            _under_way.pop(address, None)
 
 
 _UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
@@ -1216,7 +1231,7 @@ class _Flush:
     def __init__(self, handle: _Handle) -> None:
         from queue import SimpleQueue
 
-        self._handle = handle
+        self._handle: _Handle | None = handle
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._begun = False
         self._done = False
@@ -1249,6 +1264,7 @@ class _Flush:
             # Again and again, because the thread may not have called FlushFileBuffers yet.
             _kernel32.CancelIoEx(self._handle, None)
             self.wait(0.01)
+        self._handle = None
 
 
 def _get(queue: SimpleQueue[Any], seconds: float) -> Any:
@@ -1321,9 +1337,11 @@ class Pipe(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read into a buffer what there is, or wait for the first of it; 0 is end of file."""
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            if view.readonly:
+                raise TypeError("can't read into a read-only buffer")
+            data = self.read(len(view))
+            view[: len(data)] = data
         return len(data)
 
     def write(self, data: Any) -> int:
@@ -1696,8 +1714,8 @@ def _issue_to_vm(container: Container, op: str, **limits: Any) -> None:
     try:
         issue_vm_request(container.vm_pipe_path(), VMRequest(container.id, op), **limits)
     except PipeNotFoundError as error:
-        error.strerror = f"VM {container.host_id} cannot be contacted"
-        raise
+        text = f"VM {container.host_id} cannot be contacted"
+        raise PipeNotFoundError(errno.ENOENT, text, error.filename, error.winerror) from None
 
 
 def _winreg() -> Any:
@@ -2165,25 +2183,28 @@ class _Service:
 
     def _open_or_close_the_door(self) -> None:
         """Offer an instance while clients may come in, and use it up when they may not."""
-        is_open = (
-            not self._is_stopping
-            and len(self._at_handler) <= 1  # nobody waits: at most one request is being handled
-            and self._connected < self._server.max_clients
-        )
         try:
-            if self._offered and not is_open:
-                self._server._listener.use_up()
-                self._offered = None
-            elif is_open and not self._offered and time.monotonic() >= self._retry_at:
+            # Once more if a client was faster than ConnectNamedPipe.
+            while self._may_let_in() and not self._offered and time.monotonic() >= self._retry_at:
                 client = self._admit(self._server._listener.create())
                 if client.tasks and not client.is_connected:
                     self._offered = client
+            if self._offered and not self._may_let_in():
+                self._server._listener.use_up()
+                self._offered = None
         except OSError as error:
-            self._notes.append(("error", "no client can be let in: %s", error))
+            self._notes.append(("error", "no client can be let in: %s", str(error)))
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             if self._offered:
                 self._offered.cut_off()
                 self._offered = None
+
+    def _may_let_in(self) -> bool:
+        return (
+            not self._is_stopping
+            and len(self._at_handler) <= 1  # one is being handled, nobody waits
+            and self._connected < self._server.max_clients
+        )
 
     def _admit(self, instance: _Handle) -> _Client:
         """Wait for a client on an instance, and serve it."""
@@ -2230,13 +2251,12 @@ class _Service:
                     return
                 error = ERROR_OPERATION_ABORTED
                 if not client.is_cut_off:
-                    address = ctypes.addressof(operation.overlapped)
-                    self._operations[address] = operation, client, task
+                    self._operations[operation.address] = operation, client, task
                     client.operations.add(operation)
                     error = operation.start()
                     if not error:
                         return
-                    del self._operations[address]
+                    del self._operations[operation.address]
                     client.operations.remove(operation)
                     operation.end()
                 result = error, 0
@@ -2245,9 +2265,12 @@ class _Service:
         except OperationCancelledError:
             pass
         except OSError as error:
-            self._notes.append(("debug", "a client has failed: %s", error))
+            # Not the exception itself: its traceback would keep the pipe open.
+            self._notes.append(("debug", "a client has failed: %s", str(error)))
+            client.cut_off()
         except Exception as error:
-            self._notes.append(("error", "a client was given up: %r", error))
+            self._notes.append(("error", "a client was given up: %s", repr(error)))
+            client.cut_off()
         client.tasks -= 1
         if not client.tasks:
             self._see_off(client)
@@ -2452,10 +2475,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     failure: BaseException
     try:
-        for stream in sys.stdout, sys.stderr:
-            # A console or a file may not know every character.
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
         return _run_command(words)
     except (Exception, KeyboardInterrupt) as error:
         failure = error
@@ -2616,11 +2635,10 @@ def _print_json(
 ) -> None:
     """Print how a request has ended, as one line of JSON."""
     import json
-    import platform
 
     outcome = _outcome_of(failure)
     row = {
-        "host": platform.node(),
+        "host": os.environ.get("COMPUTERNAME"),
         "id": container_id,
         "op": op,
         "pipe": pipe_path,
@@ -2671,6 +2689,9 @@ def _print(text: str, stream_name: str = "stdout") -> None:
     if stream is None:
         return
     try:
+        # A console or a file may not know every character.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
         # Python would try to flush it again at its end, and change the exit status.
@@ -2793,7 +2814,7 @@ class _WaitDisplay:
 
     def start(self) -> None:
         """Start to count, in a thread."""
-        if sys.stderr and sys.stderr.isatty():
+        if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
             import _thread
 
             _thread.start_new_thread(self._count, ())
