@@ -525,11 +525,13 @@ class Plumbing:
                 break
             except KeyboardInterrupt:
                 pass
-        for operation in self.slot.process.operations:
-            self.run.broken("left", f"{operation.kind} is pending after close()")
         took = self.run.scheduler.now - began - (self.run.scheduler.jumped - jumped)
         if took > 0.5:
             self.run.broken("timeout", f"close() took {took:.3f} s")
+        # Another thread may just have begun something; it sees the end within a slice.
+        self.run.scheduler.sleep(0.15 + self.run.scheduler.jumped - jumped)
+        for operation in self.slot.process.operations:
+            self.run.broken("left", f"{operation.kind} is pending after close()")
 
     def _check(self, pipe: Any) -> None:
         scheduler = self.run.scheduler
@@ -573,6 +575,9 @@ class Plumbing:
                 pass
             except ValueError as error:
                 if "closed" not in str(error):
+                    self.run.broken("exception", f"a pipe's user got {error!r}")
+            except RuntimeError as error:
+                if not self.slot.faulty:
                     self.run.broken("exception", f"a pipe's user got {error!r}")
 
         self.threads.append(
