@@ -14,6 +14,7 @@ greenlet, which is installed where .ci/run has its tools.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,11 +24,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def _find_tools() -> None:
     """Make greenlet importable; install what requirements.txt names if that isn't done yet."""
-    try:
-        import greenlet  # noqa: F401
-    except ImportError:
-        pass
-    else:
+    if importlib.util.find_spec("greenlet"):
         return
     requirements = os.path.join(HERE, "requirements.txt")
     with open(requirements, "rb") as file:

@@ -8,12 +8,11 @@ import os
 import random
 import sys
 import time
-from typing import Any, Dict, FrozenSet, List, NamedTuple, Set
-
-from greenlet import GreenletExit
+from typing import Any, NamedTuple
 
 from simulation.deep import Tracer
 from simulation.environment import Slot
+from simulation.fibers import GreenletExit
 from simulation.on_model import compare_model
 from simulation.rules import Run, decisions_for
 from simulation.scenarios import FAULTS, scenario_for
@@ -28,10 +27,10 @@ REPEAT_EVERY = 500  # one run in so many is run twice: both must be the same
 class Outcome(NamedTuple):
     """What came of a run."""
 
-    violations: List[str]
+    violations: list[str]
     steps: int
     decisions: Decisions
-    history: List[Any]
+    history: list[Any]
 
 
 class Simulator:
@@ -42,7 +41,7 @@ class Simulator:
         self.slots = [Slot(code) for _ in range(SLOTS)]
         self.deep = deep
         self.tracer = Tracer()
-        self.lost: List[str] = []
+        self.lost: list[str] = []
         sys.unraisablehook = self._unraisable
         # A collection at any other time would call finalisers in an order of its own.
         gc.collect()
@@ -59,7 +58,7 @@ class Simulator:
         decisions: Decisions | None = None,
         *,
         keep_history: bool = False,
-        without: FrozenSet[str] = frozenset(),
+        without: frozenset[str] = frozenset(),
     ) -> Outcome:
         """Run once."""
         decisions = decisions or decisions_for(seed)
@@ -155,7 +154,7 @@ def _run_many(simulator: Simulator, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _compare_repeated(simulator: Simulator, seed: int, first: Outcome) -> List[str]:
+def _compare_repeated(simulator: Simulator, seed: int, first: Outcome) -> list[str]:
     """Run again: all must be the same."""
     second = simulator.run(seed)
     before, after = first.decisions, second.decisions
@@ -180,11 +179,11 @@ def _run_one(simulator: Simulator, seed: int, *, shrink: bool) -> int:
 
 
 def _show(
-    simulator: Simulator, seed: int, decisions: Decisions | None, without: FrozenSet[str]
+    simulator: Simulator, seed: int, decisions: Decisions | None, without: frozenset[str]
 ) -> None:
     """Print a run's history: when, who, what; each thread has a column of its own."""
     outcome = simulator.run(seed, decisions, keep_history=True, without=without)
-    columns: Dict[str, int] = {}
+    columns: dict[str, int] = {}
     for _, who, _ in outcome.history:
         columns.setdefault(who, len(columns))
     print(f"seed {seed}, scenario {scenario_for(seed).__name__}; the threads, from left to right:")
@@ -203,9 +202,9 @@ def _shrink(simulator: Simulator, seed: int, outcome: Outcome) -> None:
     """Leave out faults and switches as long as the same rule is broken; show what is left."""
     rule = _rule(outcome)
     switches, faults = dict(outcome.decisions.switches), dict(outcome.decisions.faults)
-    without: Set[str] = set()
+    without: set[str] = set()
 
-    def fails(switches: Dict[int, str], faults: Dict[int, float], without: Set[str]) -> bool:
+    def fails(switches: dict[int, str], faults: dict[int, float], without: set[str]) -> bool:
         again = simulator.run(seed, Replay(seed, switches, faults), without=frozenset(without))
         return _rule(again) == rule
 
@@ -224,7 +223,7 @@ def _shrink(simulator: Simulator, seed: int, outcome: Outcome) -> None:
     )
 
 
-def _fewest(chosen: Dict[int, Any], fails: Any) -> Dict[int, Any]:
+def _fewest(chosen: dict[int, Any], fails: Any) -> dict[int, Any]:
     """Leave out ever smaller parts (Zeller's ddmin)."""
     size = len(chosen) // 2 or 1
     while chosen and size:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dis
 import sys
 from types import FrameType
-from typing import Any, Dict
+from typing import Any
 
 from simulation.rules import Run
 from simulation.scheduler import Task
@@ -19,8 +19,10 @@ from simulation.scheduler import Task
 # 3.8 doesn't look for signals before SETUP_FINALLY and SETUP_WITH, which later became the first of
 # these; the others are steps of raising an exception or resuming a generator, where nobody looks.
 _SKIPPED = frozenset(
-    ("NOP", "CACHE", "PUSH_NULL", "RESUME", "PRECALL", "BEFORE_WITH")
-    + ("PUSH_EXC_INFO", "POP_EXCEPT", "RERAISE", "COPY", "RETURN_GENERATOR", "SEND")
+    (
+        *("NOP", "CACHE", "PUSH_NULL", "RESUME", "PRECALL", "BEFORE_WITH"),
+        *("PUSH_EXC_INFO", "POP_EXCEPT", "RERAISE", "COPY", "RETURN_GENERATOR", "SEND"),
+    )
 )
 
 
@@ -29,7 +31,7 @@ class Tracer:
 
     def __init__(self) -> None:
         self.run: Any = None
-        self.skipped: Dict[Any, frozenset[int]] = {}
+        self.skipped: dict[Any, frozenset[int]] = {}
 
     def start(self, run: Run) -> None:
         """Begin with a run."""

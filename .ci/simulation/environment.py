@@ -19,10 +19,9 @@ import sys
 import types
 from collections import deque
 from queue import Empty
-from typing import Any, Callable, Deque, Dict, Iterable, List, Tuple
+from typing import Any, Callable, Dict, Iterable
 
-from greenlet import GreenletExit
-
+from simulation.fibers import GreenletExit
 from simulation.kernel import INVALID_HANDLE_VALUE, Kernel, Process
 from simulation.scheduler import Scheduler, Task
 
@@ -30,7 +29,7 @@ _FREEING = ("CloseHandle", "LocalFree")  # called by finalisers, so they can't b
 
 # The errors with which each function may fail, besides those that its arguments bring about:
 # ERROR_NOT_ENOUGH_MEMORY, ERROR_NO_SYSTEM_RESOURCES, and what its documentation names.
-DOCUMENTED_ERRORS: Dict[str, Tuple[int, ...]] = {
+DOCUMENTED_ERRORS: dict[str, tuple[int, ...]] = {
     "CreateFileW": (8, 1450, 5),
     "CreateNamedPipeW": (8, 1450, 231),
     "CreateEventW": (8, 1450),
@@ -54,7 +53,7 @@ class Slot:
         self.faulty: Any = ()
         self.clock_step = 0.0
         self.fine = False
-        self.logged: List[str] = []
+        self.logged: list[str] = []
         self.module = types.ModuleType("vmshim")
         modules = self._modules()
         imports = _imports(modules)
@@ -106,7 +105,7 @@ class Slot:
             self.scheduler.interrupted(task, what)
             raise KeyboardInterrupt
 
-    def _modules(self) -> Dict[str, Any]:
+    def _modules(self) -> dict[str, Any]:
         queue = types.ModuleType("queue")
         queue.__dict__.update(Empty=Empty, SimpleQueue=self._simple_queue())
         thread = types.ModuleType("_thread")
@@ -147,7 +146,7 @@ class Slot:
 
     # _thread
 
-    def _start_new_thread(self, function: Callable[..., Any], arguments: Tuple[Any, ...]) -> int:
+    def _start_new_thread(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
         task = self.enter("start_new_thread")
         scheduler = self.scheduler
         if "start_new_thread" in self.faulty and scheduler.fault("start_new_thread"):
@@ -166,8 +165,8 @@ class Slot:
             """queue.SimpleQueue: C code, so each call is one step to a signal."""
 
             def __init__(self) -> None:
-                self._items: Deque[Any] = deque()
-                self._waiters: List[Any] = []
+                self._items: deque[Any] = deque()
+                self._waiters: list[Any] = []
 
             def put(self, item: Any) -> None:
                 task = slot.enter("put")
@@ -318,7 +317,7 @@ class Freeing:
 class _Logger:
     """logging.Logger, as far as vmshim uses it."""
 
-    def __init__(self, lines: List[str]) -> None:
+    def __init__(self, lines: list[str]) -> None:
         self._lines = lines
 
     def __getattr__(self, level: str) -> Callable[..., None]:
@@ -352,12 +351,12 @@ def start_thread(
     return task
 
 
-def _imports(modules: Dict[str, Any]) -> Callable[..., Any]:
+def _imports(modules: dict[str, Any]) -> Callable[..., Any]:
     def import_(
         name: str,
         globals_: Any = None,
         locals_: Any = None,
-        fromlist: Tuple[str, ...] = (),
+        fromlist: tuple[str, ...] = (),
         level: int = 0,
     ) -> Any:
         if name in modules:
@@ -367,7 +366,7 @@ def _imports(modules: Dict[str, Any]) -> Callable[..., Any]:
     return import_
 
 
-def describe_call(name: str, arguments: Tuple[Any, ...], result: int, error: int) -> str:
+def describe_call(name: str, arguments: tuple[Any, ...], result: int, error: int) -> str:
     """Return a call as a line of the history."""
     shown = ", ".join(_describe(argument) for argument in arguments[:4])
     failed = not result or result == INVALID_HANDLE_VALUE

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple
 
 DWORD = ctypes.c_uint32
 K32 = "Wine, kernel32/tests/pipe.c"
@@ -86,9 +86,9 @@ class Steps:
         self.api = api
         self.call = api.functions
         self.path = path
-        self.handles: Dict[str, Any] = {}
-        self.started: Dict[str, Started] = {}
-        self.threads: Dict[str, List[str]] = {}
+        self.handles: dict[str, Any] = {}
+        self.started: dict[str, Started] = {}
+        self.threads: dict[str, list[str]] = {}
 
     def run(self, line: str) -> str:
         """Run one step and return what came of it."""
@@ -186,14 +186,14 @@ class Steps:
 
     # Operations.
 
-    def _begin(self, kind: str, handle: str, words: Tuple[str, ...], buffer: Any) -> Started:
+    def _begin(self, kind: str, handle: str, words: tuple[str, ...], buffer: Any) -> Started:
         event = None
         if "without-event" not in words:
             event = self.call.CreateEventW(None, True, False, None)
         name = words[words.index("as") + 1] if "as" in words else f"{handle}.{kind}"
         overlapped = OVERLAPPED(hEvent=event)
         if "port-silent" in words:
-            overlapped.hEvent = event | 1
+            overlapped.hEvent = (event or 0) | 1
         if "again" in words:
             overlapped = self.started[name].overlapped
         started = Started(kind, self.handles[handle], overlapped, buffer, event)
@@ -399,7 +399,7 @@ def _show(count: int, buffer: Any) -> str:
     return f"{count} {data if count <= 20 else data[0] + '...'}"
 
 
-def lines_of(history: History) -> List[Tuple[str, str, str]]:
+def lines_of(history: History) -> list[tuple[str, str, str]]:
     """Return a history's steps: the call, what Windows answers, what Wine answers."""
     found = []
     for line in history.steps.strip().splitlines():
@@ -409,7 +409,7 @@ def lines_of(history: History) -> List[Tuple[str, str, str]]:
     return found
 
 
-def run_history(history: History, api: Api, path: str) -> List[str]:
+def run_history(history: History, api: Api, path: str) -> list[str]:
     """Run a history and return what came of each step."""
     steps = Steps(api, path)
     results = [steps.run(call) for call, _, _ in lines_of(history)]
@@ -423,7 +423,7 @@ def run_history(history: History, api: Api, path: str) -> List[str]:
     return results
 
 
-def compare(api: Api, *, wine: bool) -> List[str]:
+def compare(api: Api, *, wine: bool) -> list[str]:
     """Run all histories; return where an answer isn't what it should be."""
     wrong = []
     for number, history in enumerate(HISTORIES):
@@ -2474,7 +2474,7 @@ _W = ctypes.c_wchar_p
 _N = ctypes.POINTER(DWORD)
 _O = ctypes.POINTER(OVERLAPPED)
 _B = ctypes.c_int32
-_PROTOTYPES: List[Tuple[str, Any, List[Any]]] = [
+_PROTOTYPES: list[tuple[str, Any, list[Any]]] = [
     ("CreateNamedPipeW", _H, [_W, DWORD, DWORD, DWORD, DWORD, DWORD, DWORD, _H]),
     ("CreateFileW", _H, [_W, DWORD, DWORD, _H, DWORD, DWORD, _H]),
     ("CreateEventW", _H, [_H, _B, _B, _W]),

@@ -27,7 +27,7 @@ import sys
 import weakref
 from collections import deque
 from functools import partial
-from typing import Any, Callable, Deque, Dict, Iterator, List, Protocol
+from typing import Any, Callable, Iterator, Protocol
 
 # ---- What Windows calls things ------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ ERROR_INVALID_ACL = 1336
 WAIT_TIMEOUT = 258
 WAIT_FAILED = 0xFFFFFFFF
 INFINITE = 0xFFFFFFFF
-INVALID_HANDLE_VALUE = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
+INVALID_HANDLE_VALUE: int = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
 GENERIC_READ = 0x80000000
 GENERIC_WRITE = 0x40000000
@@ -145,11 +145,11 @@ class Process:
         self.name = name
         self.elevated = elevated
         self.dead = False
-        self.handles: Dict[int, Waitable] = {}
+        self.handles: dict[int, Waitable] = {}
         self.first_handle = first_handle
         self.next_value = first_handle
-        self.operations: List[Operation] = []
-        self.descriptors: Dict[int, Any] = {}  # what LocalFree has to free
+        self.operations: list[Operation] = []
+        self.descriptors: dict[int, Any] = {}  # what LocalFree has to free
 
 
 # ---- Objects that a handle can stand for --------------------------------------------------------
@@ -162,7 +162,7 @@ class Waitable:
         self.signaled = signaled
         self.manual_reset = True
         self.references = 0
-        self.waiters: List[Any] = []
+        self.waiters: list[Any] = []
 
 
 class Event(Waitable):
@@ -190,7 +190,7 @@ class Port(Waitable):
 
     def __init__(self) -> None:
         super().__init__(False)
-        self.packets: Deque[Packet] = deque()
+        self.packets: deque[Packet] = deque()
         self.closed = False
 
 
@@ -218,9 +218,9 @@ class Queue:
 
     def __init__(self, quota: int) -> None:
         self.quota = quota
-        self.messages: Deque[Message] = deque()
-        self.reads: Deque[Operation] = deque()
-        self.flushes: List[Operation] = []
+        self.messages: deque[Message] = deque()
+        self.reads: deque[Operation] = deque()
+        self.flushes: list[Operation] = []
         self.next_serial = 0
 
 
@@ -240,7 +240,7 @@ class File(Waitable):
         self.cut = False  # a client's end after the server's DisconnectNamedPipe
         self.port: Port | None = None
         self.key = 0
-        self.operations: List[Operation] = []
+        self.operations: list[Operation] = []
         self.incoming = instance.inbound
         self.outgoing = instance.outbound
 
@@ -254,7 +254,7 @@ class Instance:
         self.listening_since = 0
         self.inbound = Queue(inbound_quota)
         self.outbound = Queue(outbound_quota)
-        self.connects: List[Operation] = []
+        self.connects: list[Operation] = []
         self.server: File | None = None
         self.client: File | None = None
 
@@ -283,8 +283,8 @@ class PipeName:
         self.message_type = message_type
         self.timeout = timeout
         self.descriptor = descriptor
-        self.instances: List[Instance] = []
-        self.waiters: List[Any] = []
+        self.instances: list[Instance] = []
+        self.waiters: list[Any] = []
 
 
 # ---- Operations ---------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class Operation:
         self.serial = 0
         self.written = b""
         self.message_reads = file.message_reads
-        self.waiters: List[Any] = []
+        self.waiters: list[Any] = []
         self.vain_waits = 0
 
 
@@ -392,8 +392,8 @@ class Kernel:
     def __init__(self, world: World, *, strict: bool = True) -> None:
         self.world = world
         self.strict = strict
-        self.names: Dict[str, PipeName] = {}
-        self.started: Dict[int, Operation] = {}  # the last operation for each OVERLAPPED
+        self.names: dict[str, PipeName] = {}
+        self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
         self.on_open: Callable[[Process, Instance], object] = _ignore
 
@@ -478,11 +478,11 @@ class Kernel:
             if operation.task is task and not operation.finished and not operation.file.port:
                 self._finish_withdrawn(operation, CANCELLED)
 
-    def _wake(self, waiters: List[Any]) -> None:
+    def _wake(self, waiters: list[Any]) -> None:
         for task in waiters:
             self.world.wake(task)
 
-    def _block_until(self, ready: Callable[[], bool], waiters: List[Any], deadline: float) -> bool:
+    def _block_until(self, ready: Callable[[], bool], waiters: list[Any], deadline: float) -> bool:
         """Sleep until something is so; return whether it is."""
         while not ready():
             if self.world.now >= deadline:
@@ -604,7 +604,7 @@ class Kernel:
             prefixes = ("\\".join(below[:count]) for count in range(1, len(below)))
             known = any(prefix in self.names for prefix in prefixes)
             error = ERROR_INVALID_NAME if known else ERROR_FILE_NOT_FOUND
-        listening: List[Instance] = []
+        listening: list[Instance] = []
         wanted = 0
         if not error and name is not None:
             wanted = _wanted(access)
@@ -1191,9 +1191,11 @@ class Kernel:
         if not waitable:
             self._error(ERROR_INVALID_HANDLE)
             return WAIT_FAILED
-        busy = waitable.users if isinstance(waitable, Event) else True
-        if isinstance(waitable, File):
-            busy = waitable.operations
+        busy = True
+        if isinstance(waitable, Event):
+            busy = waitable.users > 0
+        elif isinstance(waitable, File):
+            busy = bool(waitable.operations)
         if not waitable.signaled and not busy:
             self._broken("wait", "a wait for a signal that nothing pending will give")
         return 0 if self._wait(waitable, self._after(milliseconds)) else WAIT_TIMEOUT
@@ -1355,7 +1357,7 @@ def _store_pointer(target: Any, address: int) -> None:
 
 def _normalize(path: str) -> str:
     r"""Do to a path below \\.\ what the Win32 path rules do."""
-    parts: List[str] = []
+    parts: list[str] = []
     for part in path.replace("/", "\\").split("\\"):
         if part == "..":
             del parts[-1:]
@@ -1385,7 +1387,7 @@ def _parse_sddl(text: str) -> Descriptor:
         return Descriptor()
     entries = []
     for kind, _flags, rights, _object, _inherited, trustee in _ACE.findall(match.group(2) or ""):
-        if kind not in ("A", "D") or trustee not in _TRUSTEES and not trustee.startswith("S-1-"):
+        if kind not in ("A", "D") or (trustee not in _TRUSTEES and not trustee.startswith("S-1-")):
             raise ValueError(str(ERROR_INVALID_ACL))
         entries.append((kind, _parse_rights(rights), trustee))
     return Descriptor(entries)

@@ -6,7 +6,7 @@ simulation finds it. Each is a name, a text of vmshim.py, and what replaces it.
 
 from __future__ import annotations
 
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
@@ -18,26 +18,31 @@ class Mistake(NamedTuple):
     deep: bool = False  # whether it takes the deep mode to find it
 
 
-MISTAKES: List[Mistake] = [
+MISTAKES: list[Mistake] = [
     # One operation.
     Mistake(
         "what is cancelled is waited for",
-        "                while self.is_pending():\n                    self.wait(_SLICE)\n",
-        "                pass\n",
+        "            while self.is_pending():\n                self.wait(_SLICE)\n",
+        "            while self.is_pending() and not cancelled:\n                self.wait(_SLICE)\n",
     ),
     Mistake(
         "what ends by itself while it is cancelled is waited for",
-        "            elif self.is_pending():\n                self.wait(_SLICE)\n",
-        "",
+        "            while self.is_pending():\n                self.wait(_SLICE)\n",
+        "            while self.is_pending() and cancelled:\n                self.wait(_SLICE)\n",
     ),
     Mistake(
         "what is waited for is cancelled first",
-        "            if _kernel32.CancelIoEx(self.handle, self.overlapped):\n",
-        "            if self.handle:\n",
+        "            cancelled = _kernel32.CancelIoEx(self.handle, self.overlapped)\n",
+        "            cancelled = True\n",
     ),
     Mistake(
         "what failed at once is never waited for",
-        "        self.overlapped.Internal = 0\n",
+        "        self.overlapped.Internal = _NOT_STARTED\n",
+        "",
+    ),
+    Mistake(
+        "what may have failed at once is not waited for without end",
+        "                if not (cancelled or self._is_started):\n                    break\n",
         "",
     ),
     Mistake(
@@ -52,8 +57,8 @@ MISTAKES: List[Mistake] = [
     ),
     Mistake(
         "an operation that has ended is forgotten",
-        "        _under_way.discard(self)\n",
-        "",
+        "        _under_way.pop(self.address, None)\n\n    def release",
+        "\n    def release",
     ),
     Mistake(
         "a deadline ends an operation",
@@ -67,7 +72,7 @@ MISTAKES: List[Mistake] = [
     ),
     Mistake(
         "each operation has an OVERLAPPED of its own",
-        "        self.overlapped = OVERLAPPED(hEvent=event and event.value)\n",
+        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)\n",
         "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n"
         "        self.overlapped.hEvent = event and event.value\n",
     ),
@@ -83,10 +88,24 @@ MISTAKES: List[Mistake] = [
     # A pipe.
     Mistake(
         "close() ends what is under way",
-        "        for operation in self._operations:\n            operation.end()\n",
+        "        for operation in list(self._operations):\n            operation.end()\n",
         "",
     ),
-    Mistake("close() closes the handle", "        self._handle = None\n\n    def _open", "\n    def _open"),
+    Mistake(
+        "close() skips nothing that is under way",
+        "        for operation in list(self._operations):\n            operation.end()\n",
+        "        for operation in self._operations:\n            operation.end()\n",
+    ),
+    Mistake(
+        "close() closes the handle though a flush has failed",
+        "            self.wait(0.01)\n        self._handle = None\n",
+        "            self.wait(0.01)\n",
+    ),
+    Mistake(
+        "close() closes the handle",
+        "        self._handle = None\n\n    def _open",
+        "\n    def _open",
+    ),
     Mistake(
         "a handle is closed once",
         "        # The last reference: this closes the handle.\n        self._handle = None\n",
@@ -206,6 +225,11 @@ MISTAKES: List[Mistake] = [
         "self._connected <= self._server.max_clients",
     ),
     Mistake(
+        "nobody is let in while a request waits",
+        "            and len(self._at_handler) <= 1",
+        "            and len(self._at_handler) <= 3",
+    ),
+    Mistake(
         "who leaves makes room",
         "        self._connected -= client.is_connected\n",
         "",
@@ -217,8 +241,8 @@ MISTAKES: List[Mistake] = [
     ),
     Mistake(
         "a client that is there before ConnectNamedPipe doesn't close the door",
-        "                else:\n                    self._open_or_close_the_door()\n",
-        "",
+        "            while self._may_let_in() and not self._offered and",
+        "            if self._may_let_in() and not self._offered and",
     ),
     Mistake(
         "a client faster than ConnectNamedPipe is welcome",
@@ -227,8 +251,8 @@ MISTAKES: List[Mistake] = [
     ),
     Mistake(
         "a server that stops uses the offered instance up",
-        "            if self._offered and not is_open:\n",
-        "            if self._offered and not is_open and not self._is_stopping:\n",
+        "            if self._offered and not self._may_let_in():\n",
+        "            if self._offered and not self._may_let_in() and not self._is_stopping:\n",
     ),
     Mistake(
         "a completion belongs to its operation",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List
+from typing import Any, Callable
 
 from simulation import histories
 from simulation.kernel import Kernel, Process
-from simulation.scheduler import Decisions, Scheduler
+from simulation.scheduler import Decisions, Scheduler, Task
 
 
 class _Functions:
@@ -21,34 +21,44 @@ class _Functions:
         return lambda *arguments: function(self._process, *arguments)
 
 
-def compare_model() -> List[str]:
+def _run_on_model(number: int, history: histories.History) -> tuple[list[str], list[str]]:
+    """Return what came of each step, and what went wrong beside that."""
+    scheduler = Scheduler(Decisions(number))
+    process = Process("history")
+    api = histories.Api()
+    api.functions = _Functions(Kernel(scheduler, strict=False), process)
+    api.last_error = lambda: int(scheduler.current.last_error)
+    api.start = lambda step: _ignore(scheduler.spawn(process, "thread", step))
+    api.sleep = scheduler.sleep
+    results: list[str] = []
+    wrong: list[str] = []
+
+    def body() -> None:
+        results.extend(histories.run_history(history, api, f"history-{number}"))
+
+    scheduler.spawn(process, "main", body)
+    try:
+        scheduler.run()
+    except Exception as error:
+        wrong.append(repr(error))
+    scheduler.finish()
+    return results, wrong + scheduler.violations
+
+
+def _ignore(task: Task) -> None:
+    """A history has no use for the thread that it has started."""
+
+
+def compare_model() -> list[str]:
     """Run all histories on the model; return where it isn't as Windows."""
-    wrong: List[str] = []
+    wrong: list[str] = []
     for number, history in enumerate(histories.HISTORIES):
-        scheduler = Scheduler(Decisions(number))
-        process = Process("history")
-        kernel = Kernel(scheduler, strict=False)
-        api = histories.Api()
-        api.functions = _Functions(kernel, process)
-        api.last_error = lambda world=scheduler: world.current.last_error
-        api.start = lambda step, world=scheduler, p=process: world.spawn(p, "thread", step)
-        api.sleep = scheduler.sleep
-        results: List[str] = []
-
-        def body(history=history, api=api, number=number, results=results) -> None:
-            results += histories.run_history(history, api, f"history-{number}")
-
-        scheduler.spawn(process, "main", body)
-        try:
-            scheduler.run()
-        except Exception as error:
-            wrong.append(f"{history.name}: {error!r}")
-        wrong += [f"{history.name}: {text}" for text in scheduler.violations]
+        results, others = _run_on_model(number, history)
+        wrong += [f"{history.name}: {text}" for text in others]
         lines = histories.lines_of(history)
         if len(results) != len(lines):
             wrong.append(f"{history.name}: {len(results)} of {len(lines)} steps were run")
         for (call, windows, _), result in zip(lines, results):
             if result != windows:
                 wrong.append(f"{history.name}: {call} -> {result}, not {windows}")
-        scheduler.finish()
     return wrong

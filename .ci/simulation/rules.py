@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import gc
 import random
-from typing import Any, Callable, Dict, FrozenSet, List
-
-from greenlet import GreenletExit
+from typing import Any, Callable
 
 from simulation.environment import Slot, start_thread
+from simulation.fibers import GreenletExit
 from simulation.kernel import Kernel, Process
 from simulation.scheduler import Decisions, Scheduler, Task
 
@@ -50,7 +49,7 @@ class Request:
         self.must_be_refused = False
         self.must_be_answered = False
         self.message = ""
-        self.handled: List[float] = []
+        self.handled: list[float] = []
 
 
 class Run:
@@ -59,7 +58,7 @@ class Run:
     count = 0  # each run's handles have values of their own
 
     def __init__(
-        self, slots: List[Slot], seed: int, decisions: Decisions, *, keep_history: bool = False
+        self, slots: list[Slot], seed: int, decisions: Decisions, *, keep_history: bool = False
     ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
@@ -69,9 +68,9 @@ class Run:
         Run.count += 1
         self.first_handle = Run.count % 0x4000 * 0x10000 + 4
         self.used = 0
-        self.requests: Dict[str, Request] = {}
-        self.peers: List[Task] = []
-        self.without: FrozenSet[str] = frozenset()  # faults that are left out
+        self.requests: dict[str, Request] = {}
+        self.peers: list[Task] = []
+        self.without: frozenset[str] = frozenset()  # faults that are left out
         self.deep = False
         self.fine = self.random.random() < 0.3  # a switch point after each call, too
         self.deep_random = random.Random(seed)
@@ -79,7 +78,7 @@ class Run:
         self.tracing: Callable[[], object] = bool
         self.bad_server = False  # the requests go to a server that isn't vmshim's
         self.handling = 0
-        self.order: List[str] = []
+        self.order: list[str] = []
         self.killed = False
         self.quiet = False
         self.cut_off_after: float | None = None  # how long the server lets a client be silent
@@ -146,7 +145,7 @@ class Run:
         if threads:
             self.broken("left", f"{process.name} has a thread left {when}")
 
-    def run(self, build: Callable[[Run], None]) -> List[str]:
+    def run(self, build: Callable[[Run], None]) -> list[str]:
         """Go from the beginning to the end; return the rules that were broken."""
         build(self)
         self.scheduler.run()

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
-
-from greenlet import GreenletExit
+from typing import Any, Callable, NamedTuple
 
 from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
+from simulation.fibers import GreenletExit
 from simulation.kernel import CONNECTED, File, Instance, Process
 from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
 from simulation.scheduler import Task
@@ -71,7 +70,7 @@ class Peer:
         count = Number()
         if not self.call("ReadFile", handle, buffer, size, count, None):
             return b""
-        return bytes(buffer[: count.value])
+        return ctypes.string_at(buffer, count.value)
 
     def close(self, handle: int) -> None:
         """Close."""
@@ -358,7 +357,7 @@ def _hold(server: BadServer, handle: int) -> None:
             pass
 
 
-BAD_SERVERS: List[Callable[[BadServer, int], None]] = [
+BAD_SERVERS: list[Callable[[BadServer, int], None]] = [
     _good,
     _refuse,
     _refuse_early,
@@ -460,7 +459,7 @@ class Plumbing:
         self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
         self.received = b""
         self.arrived = b""
-        self.threads: List[Task] = []
+        self.threads: list[Task] = []
 
     def answer(self, peer: BadServer, handle: int) -> None:
         """What the peer does: read some, write some, wait, close."""
@@ -580,9 +579,7 @@ class Plumbing:
                 if not self.slot.faulty:
                     self.run.broken("exception", f"a pipe's user got {error!r}")
 
-        self.threads.append(
-            start_thread(self.run.kernel, self.slot.process, "thread", guarded)
-        )
+        self.threads.append(start_thread(self.run.kernel, self.slot.process, "thread", guarded))
 
 
 def plumbing(run: Run) -> None:
@@ -634,8 +631,6 @@ def rivals(run: Run) -> None:
 
     run.peers.append(run.main(other, rival))
     _add_client(run, 0)
-
-
 
 
 def service(run: Run) -> None:
@@ -710,7 +705,7 @@ class ServerProcess:
         self.server: Any = None
         self.has_rival = False
         self.early = 0
-        self.admins: List[Task] = []
+        self.admins: list[Task] = []
 
     def main(self) -> None:
         module = self.slot.module.__dict__
@@ -741,7 +736,7 @@ class ServerProcess:
         self._check()
         self.run.kernel.end_process(self.slot.process)
 
-    def _serve(self, module: Dict[str, Any]) -> None:
+    def _serve(self, module: dict[str, Any]) -> None:
         self.server = module["VMShimServer"](
             PATH,
             self._handler,
@@ -897,7 +892,7 @@ FAULTS = {
 }
 
 
-SCENARIOS: List[Tuple[float, Callable[[Run], None]]] = [
+SCENARIOS: list[tuple[float, Callable[[Run], None]]] = [
     (0.60, service),
     (0.70, calm),
     (0.85, exchange),

@@ -16,10 +16,9 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable
 
-from greenlet import GreenletExit, getcurrent, greenlet
-
+from simulation.fibers import Greenlet, GreenletExit, get_current
 from simulation.kernel import Process
 
 STEP = 2e-6  # seconds that pass between two switch points
@@ -42,7 +41,7 @@ class Task:
         self.is_main = False
         self.priority = 0.0
         self.points = 0  # how often it could have been interrupted
-        self.interrupts: List[int] = []  # at which of those it is, in order
+        self.interrupts: list[int] = []  # at which of those it is, in order
         self.greenlet: Any = None
 
     def __repr__(self) -> str:
@@ -59,8 +58,8 @@ class Decisions:
         self.pct = pct
         self.late_rate = late_rate
         self.fault_rate = fault_rate
-        self.switches: Dict[int, str] = {}
-        self.faults: Dict[int, float] = {}
+        self.switches: dict[int, str] = {}
+        self.faults: dict[int, float] = {}
         self.asked = 0
         self.next_fault = self._skip()
         self.changes = {self.random.randrange(2000) for _ in range(4)} if pct else set()
@@ -72,7 +71,7 @@ class Decisions:
             return -1
         return 1 + int(math.log(1 - self.random.random()) / math.log(1 - self.fault_rate))
 
-    def pick(self, tasks: List[Task], current: Task | None, step: int) -> Task:
+    def pick(self, tasks: list[Task], current: Task | None, step: int) -> Task:
         """Choose who goes on."""
         if self.pct:
             if step in self.changes and current:
@@ -108,12 +107,12 @@ class Decisions:
 class Replay(Decisions):
     """Repeats some of the decisions of a run; all others are the plain ones."""
 
-    def __init__(self, seed: int, switches: Dict[int, str], faults: Dict[int, float]) -> None:
+    def __init__(self, seed: int, switches: dict[int, str], faults: dict[int, float]) -> None:
         super().__init__(seed)
         self.given_switches = switches
         self.given_faults = faults
 
-    def pick(self, tasks: List[Task], current: Task | None, step: int) -> Task:
+    def pick(self, tasks: list[Task], current: Task | None, step: int) -> Task:
         """Go on with the current thread unless told otherwise."""
         chosen = current if current in tasks else tasks[0]
         wanted = self.given_switches.get(step)
@@ -148,18 +147,18 @@ class Scheduler:
         self.now = 1000.0
         self.started = self.now
         self.current: Any = None
-        self.runnable: List[Task] = []
-        self.tasks: List[Task] = []
-        self.timers: List[Tuple[float, int, Any, int]] = []
+        self.runnable: list[Task] = []
+        self.tasks: list[Task] = []
+        self.timers: list[tuple[float, int, Any, int]] = []
         self.serial = 0
         self.steps = 0
-        self.violations: List[str] = []
+        self.violations: list[str] = []
         self.keep_history = keep_history
-        self.history: List[Tuple[float, str, str]] = []
+        self.history: list[tuple[float, str, str]] = []
         self.jumped = 0.0  # virtual time that faults have taken
-        self.hub = getcurrent()
+        self.hub = get_current()
         self.ending = False
-        self.actions: Dict[int, Callable[[], None]] = {}  # what happens at a step
+        self.actions: dict[int, Callable[[], None]] = {}  # what happens at a step
 
     # What the kernel asks for.
 
@@ -242,7 +241,7 @@ class Scheduler:
         """Start a thread; it runs when it is chosen."""
         task = Task(process, name, function)
         task.priority = self.decisions.priority()
-        task.greenlet = greenlet(self._body, self.hub)
+        task.greenlet = Greenlet(self._body, self.hub)
         self.tasks.append(task)
         self.runnable.append(task)
         return task
