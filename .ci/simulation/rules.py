@@ -213,8 +213,11 @@ class Run:
             request.outcome, request.message = "refused", error.message
         except module["NotSentError"]:
             request.outcome = "not sent"
-        except module["OutcomeUnknownError"]:
+        except module["OutcomeUnknownError"] as error:
             request.outcome = "unknown"
+            self.check_error(error)
+            if isinstance(error, TimeoutError):
+                self._check_early(slot, request, jumped)
         except KeyboardInterrupt:
             request.outcome = "interrupted"
         except GreenletExit:
@@ -229,6 +232,16 @@ class Run:
             allowed = request.connect_timeout + request.timeout + TOLERANCE
             if took > allowed:
                 self.broken("timeout", f"{request.id} took {took:.3f} s, not {allowed:.3f}")
+
+    def check_error(self, error: BaseException) -> None:
+        """Windows' "not ended yet" is nothing that a caller may see."""
+        if getattr(error, "winerror", 0) in (996, 997):
+            self.broken("exception", f"{error!r} came out")
+
+    def _check_early(self, slot: Slot, request: Request, jumped: float) -> None:
+        took = self.scheduler.now - request.began + self.scheduler.jumped - jumped
+        if took + slot.clock_step + 0.001 < (request.timeout or 0.0):
+            self.broken("timeout", f"{request.id} was given up after {took:.3f} s")
 
     def check_ledger(self) -> None:
         """Compare what clients saw with what the handler did."""

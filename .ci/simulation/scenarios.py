@@ -499,8 +499,8 @@ class Plumbing:
                 self.run.scheduler.sleep(self.pause)
         except KeyboardInterrupt:
             pass
-        except module["VMShimError"]:
-            pass
+        except module["VMShimError"] as error:
+            self.run.check_error(error)
         except ValueError as error:
             if "closed" not in str(error):
                 self.run.broken("exception", f"a pipe's user got {error!r}")
@@ -570,8 +570,8 @@ class Plumbing:
         def guarded() -> None:
             try:
                 body()
-            except module["VMShimError"]:
-                pass
+            except module["VMShimError"] as error:
+                self.run.check_error(error)
             except ValueError as error:
                 if "closed" not in str(error):
                     self.run.broken("exception", f"a pipe's user got {error!r}")
