@@ -370,6 +370,7 @@ class Descriptor:
 
 # ---- The kernel ---------------------------------------------------------------------------------
 
+_KEYS: dict[str, tuple[str, int]] = {}  # paths that have been looked at
 _PROTECTED = "PROTECTEDPREFIX\\ADMINISTRATORS\\"
 _SDDL = re.compile(r"(?:[OG]:[A-Z0-9-]+)*(?:D:([A-Z]*)((?:\([^()]*\))*))?(?:S:.*)?")
 _ACE = re.compile(r"\(([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*)\)")
@@ -392,6 +393,7 @@ class Kernel:
     def __init__(self, world: World, *, strict: bool = True) -> None:
         self.world = world
         self.strict = strict
+        self.keys = _KEYS
         self.names: dict[str, PipeName] = {}
         self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
@@ -503,6 +505,12 @@ class Kernel:
     def _key(self, path: Any) -> tuple[str, int]:
         """Return a pipe's name in the form in which names are compared, or an error."""
         path = _text(path)
+        found = self.keys.get(path)
+        if found is None:
+            found = self.keys[path] = self._find_key(path)
+        return found
+
+    def _find_key(self, path: str) -> tuple[str, int]:
         if not path:
             return "", ERROR_PATH_NOT_FOUND
         if path.startswith("\\\\?\\"):

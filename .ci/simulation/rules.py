@@ -80,6 +80,7 @@ class Run:
         self.handling = 0
         self.order: list[str] = []
         self.killed = False
+        self.stopping = False
         self.quiet = False
         self.cut_off_after: float | None = None  # how long the server lets a client be silent
         self.must_answer = False  # nothing goes wrong, so each request must be answered
@@ -165,7 +166,7 @@ class Run:
         """Draw a request."""
         draw = self.random
         timeout = draw.choice((0.0, 0.01, 0.1, 1.0, 5.0, 5.0, 5.0, 20.0))
-        request = Request(id_, draw.choice((0.0, 0.05, 0.5, 2.0, 2.0, 10.0)), timeout)
+        request = Request(id_, draw.choice((0.0, 0.05, 0.5, 0.5, 2.0)), timeout)
         request.answer = draw.choice(("success", "success", "success", "refuse", "bug"))
         request.seconds = draw.choice((0.0, 0.0, 0.0, 0.001, 0.02))
         self.requests[id_] = request

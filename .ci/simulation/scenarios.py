@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import traceback
 from typing import Any, Callable, NamedTuple
 
 from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
@@ -93,22 +94,28 @@ class _Plan(NamedTuple):
 def _silent(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
-        since = peer.world.now
-        peer.sleep(draw.choice((0.01, 0.5, 3.0)))
-        _check_cut_off(peer, handle, since)
+        _hold(peer, handle, draw.choice((0.01, 0.5, 3.0)), peer.world.now, 2)
 
 
-def _check_cut_off(peer: Peer, handle: int, since: float) -> None:
-    """A server has cut a silent client off in time."""
+def _hold(peer: Peer, handle: int, seconds: float, since: float, steps: int) -> None:
+    """Do nothing for a while; a server cuts such a client off after its time for some steps."""
+    limit = peer.run.cut_off_after
+    end = peer.world.now + seconds
+    if limit is not None and since + steps * limit + TOLERANCE < end:
+        jumped = peer.world.jumped
+        peer.sleep(since + steps * limit + TOLERANCE - peer.world.now)
+        peer.sleep(peer.world.jumped - jumped)
+        _check_cut_off(peer, handle)
+    peer.sleep(end - peer.world.now)
+
+
+def _check_cut_off(peer: Peer, handle: int) -> None:
     run = peer.run
-    limit = run.cut_off_after
-    late = peer.world.now - since - run.scheduler.jumped
     file = peer.process.handles.get(handle)
-    if limit is None or late < limit + TOLERANCE or not isinstance(file, File):
-        return
-    server = file.instance.server
-    if server and not run.killed and not run.faulty():
-        run.broken("silence", f"{peer.process.name} was not cut off after {late:.3f} s")
+    is_kept = isinstance(file, File) and file.instance.server is not None
+    calm = not run.stopping and not run.scheduler.interruptions and not run.killed
+    if is_kept and calm and not run.faulty():
+        run.broken("silence", f"{peer.process.name} was not cut off in time")
 
 
 def _instant(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -123,8 +130,7 @@ def _half(peer: Peer, draw: random.Random, request: Request) -> None:
     if handle:
         since = peer.world.now
         peer.write(handle, b'{"ID":"half')
-        peer.sleep(draw.choice((0.0, 0.3, 3.0)))
-        _check_cut_off(peer, handle, since)
+        _hold(peer, handle, draw.choice((0.0, 0.3, 3.0)), since, 2)
 
 
 def _garbage(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -151,10 +157,11 @@ def _sleeper(peer: Peer, draw: random.Random, request: Request) -> None:
 
 def _ask_deafly(peer: Peer, handle: int, request: Request, seconds: float) -> None:
     peer.write(handle, _message(request))
-    since = peer.world.now
-    peer.sleep(seconds)
+    end = peer.world.now + seconds
+    peer.sleep(min(seconds, 0.05))
     if request.handled:
-        _check_cut_off(peer, handle, max(since, request.handled[0] + request.seconds))
+        since = request.handled[0] + request.seconds
+        _hold(peer, handle, max(0.0, end - peer.world.now), since, 1)
 
 
 def _leaver(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -346,7 +353,7 @@ def _cut(server: BadServer, handle: int) -> None:
         server.call("DisconnectNamedPipe", handle)
 
 
-def _hold(server: BadServer, handle: int) -> None:
+def _keep(server: BadServer, handle: int) -> None:
     """Succeed, but never come to the end."""
     request = server.take_request(handle)
     if request:
@@ -369,7 +376,7 @@ BAD_SERVERS: list[Callable[[BadServer, int], None]] = [
     _mute,
     _blind,
     _cut,
-    _hold,
+    _keep,
 ]
 
 # ---- The scenarios ------------------------------------------------------------------------------
@@ -690,6 +697,10 @@ def _add_client(run: Run, number: int, start: float = -1.0) -> None:
     run.peers.append(task)
 
 
+# Where a Ctrl-C, mostly the second, may leave something for close() to do.
+_CLEANING_UP = frozenset(("join", "leave_handler", "stop", "shutdown", "close", "__exit__"))
+
+
 class ServerProcess:
     """A process that serves, is told to stop in one of several ways, and must leave nothing."""
 
@@ -712,7 +723,8 @@ class ServerProcess:
         self.run.cut_off_after = self.request_timeout
         try:
             self._serve(module)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            self._check_interrupted(error)
             self._close()
         except module["PipeOpenError"] as error:
             lost = self.has_rival and isinstance(error, module["PipeAccessError"])
@@ -769,6 +781,17 @@ class ServerProcess:
         task = start_thread(self.run.kernel, self.slot.process, "admin", function)
         self.admins.append(task)
 
+    def _check_interrupted(self, error: KeyboardInterrupt) -> None:
+        """One Ctrl-C ends serve_forever() in time, and with it the other thread."""
+        names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if "serve_forever" not in names or names & _CLEANING_UP:
+            return
+        scheduler = self.run.scheduler
+        took = scheduler.now - scheduler.current.interrupted_at
+        if took > STOP_SECONDS + scheduler.jumped + TOLERANCE:
+            self.run.broken("timeout", f"serve_forever() ended {took:.3f} s after Ctrl-C")
+        self._check_threads()
+
     def _check_threads(self) -> None:
         """When serve_forever() has returned, its thread has ended, or is at its last line."""
         self.run.scheduler.note("serve_forever() has returned")
@@ -779,6 +802,7 @@ class ServerProcess:
 
     def _handler(self, request: Any) -> None:
         if self.stop_by == "handler" and self.run.random.random() < 0.3:
+            self.run.stopping = True
             self.run.requests[request.id].must_be_answered = True
             self.server.close()
         self.run.handle(self.slot, request)
@@ -803,14 +827,26 @@ class ServerProcess:
             scheduler.sleep(self.run.random.random() * 0.05)
         else:
             # A server without a time limit may have a client for ever.
-            give_up = scheduler.now + 40.0
+            give_up = scheduler.now + 12.0
             while any(not task.ended for task in self.run.peers) and scheduler.now < give_up:
                 scheduler.sleep(0.05)
+        if self.stop_by == "interrupt":
+            self._press_ctrl_c()
         while self.server is not None:
             self._stop_once()
             scheduler.sleep(0.3)
 
+    def _press_ctrl_c(self) -> None:
+        """Have the main thread interrupted soon, and give it time."""
+        main = self.run.scheduler.tasks[0]
+        if "interrupts" not in self.run.without and not main.interrupts:
+            self.run.stopping = True
+            main.interrupts = [main.points + self.run.random.randrange(1, 30)]
+            self.run.quiet = False
+            self.run.scheduler.sleep(5.0)
+
     def _stop_once(self) -> None:
+        self.run.stopping = True
         server = self.server
         if self.stop_by == "two":
             self._start_admin(server.shutdown)

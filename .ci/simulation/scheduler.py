@@ -32,6 +32,7 @@ class Task:
     def __init__(self, process: Process, name: str, function: Callable[[], object]) -> None:
         self.process = process
         self.name = name
+        self.label = f"{process.name}/{name}"
         self.function = function
         self.last_error = 0
         self.sleeping = False
@@ -42,10 +43,11 @@ class Task:
         self.priority = 0.0
         self.points = 0  # how often it could have been interrupted
         self.interrupts: list[int] = []  # at which of those it is, in order
+        self.interrupted_at = 0.0
         self.greenlet: Any = None
 
     def __repr__(self) -> str:
-        return f"{self.process.name}/{self.name}"
+        return self.label
 
 
 class Decisions:
@@ -81,7 +83,7 @@ class Decisions:
         else:
             chosen = tasks[int(self.random.random() * len(tasks))]
         if chosen is not current:
-            self.switches[step] = repr(chosen)
+            self.switches[step] = chosen.label
         return chosen
 
     def fault(self) -> float:
@@ -117,7 +119,7 @@ class Replay(Decisions):
         chosen = current if current in tasks else tasks[0]
         wanted = self.given_switches.get(step)
         for task in tasks:
-            if wanted and repr(task) == wanted:
+            if task.label == wanted:
                 chosen = task
         assert chosen
         return chosen
@@ -156,6 +158,7 @@ class Scheduler:
         self.keep_history = keep_history
         self.history: list[tuple[float, str, str]] = []
         self.jumped = 0.0  # virtual time that faults have taken
+        self.interruptions = 0
         self.hub = get_current()
         self.ending = False
         self.actions: dict[int, Callable[[], None]] = {}  # what happens at a step
@@ -227,6 +230,8 @@ class Scheduler:
 
     def interrupted(self, task: Task, what: str) -> None:
         """Take note of a Ctrl-C."""
+        self.interruptions += 1
+        task.interrupted_at = self.now
         self.note(f"*** Ctrl-C at: {what}")
 
     def jump(self, seconds: float) -> None:
