@@ -2456,10 +2456,20 @@ examples:
 """
 
 
+_COMMANDS = (*VMRequestOp, "list", "pipe-path", "serve", "demo")
+
+
 def _epilog() -> str:
     rows = sorted(_OUTCOMES, key=lambda outcome: outcome.status)
     statuses = "\n".join(f"  {outcome.status:<3}  {outcome.meaning}" for outcome in rows)
     return f"{_EXAMPLES}\nexit status:\n{statuses}\n"
+
+
+def _version() -> str:
+    """Return what a report of a bug needs."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    bits = ctypes.sizeof(ctypes.c_void_p) * 8
+    return f"vmshim {__version__}, Python {python}, {sys.platform}, {bits} bit"
 
 
 class _UsageError(ValueError):
@@ -2489,6 +2499,7 @@ def _run_command(words: list[str]) -> int:
     if not words:
         parser.print_help()
         return 2
+    _suggest(parser, words[0])
     options = parser.parse_args(words)
     if getattr(options, "verbose", False):
         import logging
@@ -2501,6 +2512,15 @@ def _run_command(words: list[str]) -> int:
     except ValueError as error:
         raise _UsageError(options.parser, str(error)) from None
     return status
+
+
+def _suggest(parser: argparse.ArgumentParser, word: str) -> None:
+    """Refuse an unknown command, and name a similar one."""
+    from difflib import get_close_matches
+
+    similar = get_close_matches(word, _COMMANDS, 1)
+    if similar and word not in _COMMANDS:
+        raise _UsageError(parser, f"unknown command {word!r}; did you mean '{similar[0]}'?")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -2519,11 +2539,12 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"vmshim {__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add_command(name: str, run: Callable[[Any], int], text: str, more: str = "") -> Any:
-        command = commands.add_parser(name, help=text, description=text + more)
+    def add_command(name: str, run: Callable[[Any], int], text: str, example: str) -> Any:
+        example = f"example: vmshim.py {name} {example}".rstrip()
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -2542,8 +2563,8 @@ def _make_parser() -> argparse.ArgumentParser:
         VMRequestOp.UNMOUNT_CONTAINER: "take containers' file systems out of their VM",
         VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only containers' disks out of their VM",
     }.items():
-        more = "; without --vm or --pipe, the VM is looked up in runhcs's registry state"
-        command = add_command(op.value, _run_requests, text, more)
+        command = add_command(op.value, _run_requests, text, "--timeout 60 my-container")
+        command.description += "; without --vm or --pipe, the VM is looked up in runhcs's state"
         command.add_argument("ids", metavar="ID", nargs="+", help="a container's ID")
         add_where(command, required=False)
         add_root(command)
@@ -2560,14 +2581,19 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         command.set_defaults(op=op)
 
-    command = add_command("list", _run_list, "list runhcs's containers on this host")
+    command = add_command("list", _run_list, "list runhcs's containers on this host", "--json")
     add_root(command)
-    command.add_argument("--json", action="store_true", help="print a JSON array")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print a JSON array")
+    text = "print a line of JSON for each container, with the host in it"
+    how.add_argument("--json-lines", action="store_true", help=text)
 
-    command = add_command("pipe-path", _run_pipe_path, "print the path of a VM shim's pipe")
+    guid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    command = add_command("pipe-path", _run_pipe_path, "print the path of a VM shim's pipe", guid)
     command.add_argument("vm", metavar="GUID", help="the VM's HostUniqueID")
 
-    command = add_command("serve", _run_serve, "respond to requests, and print each, until Ctrl-C")
+    text = "respond to requests, and print each, until Ctrl-C"
+    command = add_command("serve", _run_serve, text, r"--pipe \\.\pipe\my-shim")
     add_where(command, required=True)
     command.add_argument("--fail", metavar="TEXT", help="refuse every request with this text")
     command.add_argument(
@@ -2577,9 +2603,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "write the success bytes to stdout when the pipe exists, close stdout, print to stderr",
     )
 
-    add_command(
-        "demo", _run_demo, "show a request and a refusal, on a pipe that needs no elevation"
-    )
+    text = "show a request and a refusal, on a pipe that needs no elevation"
+    add_command("demo", _run_demo, text, "")
     return parser
 
 
@@ -2638,7 +2663,7 @@ def _print_json(
 
     outcome = _outcome_of(failure)
     row = {
-        "host": os.environ.get("COMPUTERNAME"),
+        "host": _host(),
         "id": container_id,
         "op": op,
         "pipe": pipe_path,
@@ -2651,6 +2676,11 @@ def _print_json(
         "version": __version__,
     }
     _print(json.dumps(row))
+
+
+def _host() -> str | None:
+    # platform.node() asks WMI from Python 3.12 on, which is slow.
+    return os.environ.get("COMPUTERNAME")
 
 
 def _print_failure(failure: BaseException) -> None:
@@ -2703,13 +2733,16 @@ def _run_list(options: argparse.Namespace) -> int:
 
     containers = sorted(list_containers(root=options.root))
     shims = [_vm_shim_status(container) for container in containers]
-    if options.json:
+    if options.json or options.json_lines:
         rows = []
         for container, shim in zip(containers, shims):
             row = {**container._asdict(), "vm_shim": shim}
             row["created"] = _go_time(container.created, row.pop("created_nanosecond"))
             rows.append(row)
-        _print(json.dumps(rows, default=str, indent=2))
+        if options.json:
+            _print(json.dumps(rows, default=str, indent=2))
+        for row in rows if options.json_lines else ():
+            _print(json.dumps({"host": _host(), **row}, default=str))
         return 0
     table = [("ID", "VM", "OWNER", "CREATED", "VM SHIM")]
     for container, shim in zip(containers, shims):
@@ -2839,6 +2872,27 @@ class _WaitDisplay:
             pass  # the terminal has gone
         finally:
             self._has_ended = True
+
+
+# ---- Licence ------------------------------------------------------------------------------------
+# MIT License
+#
+# Copyright (c) 2026 the vmshim maintainers
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 
 if __name__ == "__main__":
