@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--suite", action="store_true", help="run test_vmshim.py's pipe tests")
     parser.add_argument("--file", default=os.path.join(ROOT, "vmshim.py"), help="another vmshim.py")
     parser.add_argument("--quiet", action="store_true", help="no histories of runs that fail")
+    parser.add_argument("--only", default="", help="the tests of --suite with this in their names")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many")
     options = parser.parse_args()
     if options.histories:
@@ -101,11 +102,11 @@ def main() -> int:
     if options.mistakes is not None:
         from simulation.planted import plant_all
 
-        return plant_all(options.file, options.mistakes)
+        return int(plant_all(options.file, options.mistakes))
     if options.suite:
         from simulation.suite import run_suite
 
-        return run_suite(options.file)
+        return run_suite(options.file, options.only)
     with open(options.file, encoding="utf-8") as file:
         simulator = Simulator(file.read(), deep=options.deep)
     if options.seed is not None and options.seconds is None and options.runs is None:

@@ -55,11 +55,9 @@ class Slot:
         self.fine = False
         self.logged: list[str] = []
         self.module = types.ModuleType("vmshim")
-        modules = self._modules()
-        imports = _imports(modules)
+        self.modules = self._modules()
         namespace = self.module.__dict__
-        replaced = {"__import__": imports, "set": OrderedSet}
-        namespace["__builtins__"] = {**builtins.__dict__, **replaced}
+        namespace["__builtins__"] = {**self.builtins(), "set": OrderedSet}
         # dataclasses, enum and NamedTuple look their module up by its name.
         sys.modules["vmshim"] = self.module
         exec(code, namespace)
@@ -72,6 +70,15 @@ class Slot:
         self.faulty = ()
         self.clock_step = 0.0
         self.logged.clear()
+
+    def builtins(self) -> dict[str, Any]:
+        """Return the builtins, with an import that hands out the simulated modules."""
+        return {**builtins.__dict__, "__import__": _imports(self.modules)}
+
+    def set_real_logging(self) -> None:
+        """Let vmshim log as it does outside."""
+        del self.modules["logging"]
+        self.modules["sys"].__dict__["modules"] = sys.modules
 
     def end(self) -> None:
         """Forget the process."""
@@ -112,12 +119,14 @@ class Slot:
         thread.__dict__.update(
             start_new_thread=self._start_new_thread,
             get_ident=lambda: id(self.scheduler.current),
-            allocate_lock=None,
+            interrupt_main=self._interrupt_main,
+            _count=lambda: sum(not task.ended for task in self.scheduler.tasks[1:]),
         )
         time = types.ModuleType("time")
-        time.__dict__.update(monotonic=self._monotonic, sleep=self._sleep)
-        system = types.ModuleType("sys")
-        system.__dict__.update(sys.__dict__)
+        time.__dict__.update(monotonic=self._monotonic, perf_counter=self._monotonic, time=self._monotonic
+        )
+        time.__dict__.update(sleep=self._sleep)
+        system = _System("sys")
         system.__dict__.update(platform="win32", modules={})
         logging = types.ModuleType("logging")
         logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
@@ -155,6 +164,10 @@ class Slot:
         scheduler.note(f"starts {started!r}")
         self.leave(task, "start_new_thread")
         return id(started)
+
+    def _interrupt_main(self) -> None:
+        main = self.scheduler.tasks[0]
+        main.interrupts = [main.points + 1]
 
     # queue
 
@@ -211,9 +224,11 @@ class Slot:
         module = types.ModuleType("ctypes")
         module.__dict__.update(ctypes.__dict__)
         module.__dict__.update(
-            WinDLL=lambda name, use_last_error=False: Library(self),
+            WinDLL=lambda name, use_last_error=False: Library(self, name),
             get_last_error=self._get_last_error,
             FormatError=lambda code: f"error {code}",
+            c_long=ctypes.c_int32,  # a long of Windows has 32 bits
+            c_ulong=ctypes.c_uint32,
         )
         return module
 
@@ -241,8 +256,9 @@ class OrderedSet(Dict[Any, None]):
 class Library:
     """A ctypes.WinDLL whose functions are the model's."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, name: str) -> None:
         self._slot = slot
+        self._name = name
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -312,6 +328,13 @@ class Freeing:
             slot.scheduler.note(f"{self.name} {value & 0xFFFF:#x}")
         result: int = self.implementation(slot.kernel, slot.process, object_)
         return result
+
+
+class _System(types.ModuleType):
+    """The module sys, but for what is set here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys, name)
 
 
 class _Logger:

@@ -384,15 +384,23 @@ _RIGHTS = {
     "GX": 0,
     "FX": 0,
 }
-_TRUSTEES = frozenset(("WD", "AU", "BU", "BA", "SY", "OW", "CO", "AN", "IU", "NU", "LS", "NS"))
+_TRUSTEES = frozenset(
+    (
+        *("AC", "AN", "AO", "AU", "BA", "BG", "BO", "BU", "CA", "CG", "CO", "DA", "DC", "DD"),
+        *("DG", "DU", "EA", "ED", "ER", "IS", "IU", "LA", "LG", "LS", "LU", "LW", "ME", "MU"),
+        *("NO", "NS", "NU", "OW", "PA", "PO", "PS", "PU", "RC", "RD", "RE", "RU", "SA", "SI"),
+        *("SO", "SU", "SY", "WD", "WR"),
+    )
+)
 
 
 class Kernel:
     """All that the simulated processes share."""
 
-    def __init__(self, world: World, *, strict: bool = True) -> None:
+    def __init__(self, world: World, *, strict: bool = True, reuse_handles: bool = False) -> None:
         self.world = world
         self.strict = strict
+        self.reuse_handles = reuse_handles or not strict
         self.keys = _KEYS
         self.names: dict[str, PipeName] = {}
         self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
@@ -419,8 +427,8 @@ class Kernel:
     def _new_handle(self, process: Process, object_: Waitable) -> int:
         value = process.next_value
         process.next_value += 4
-        if not self.strict:
-            # Windows and Wine reuse the lowest free value. The strict model never does, so that
+        if self.reuse_handles:
+            # As Windows and Wine do: the lowest free value. Otherwise none is used twice, so that
             # each use of a closed handle shows.
             value = next(v for v in range(4, value + 4, 4) if v not in process.handles)
         process.handles[value] = object_
@@ -874,6 +882,21 @@ class Kernel:
             operation.queue = file.outgoing
             file.outgoing.flushes.append(operation)
         return self._started(operation, status, None)
+
+    def SetNamedPipeHandleState(
+        self, process: Process, handle: Any, mode: Any, count: Any, timeout: Any
+    ) -> int:
+        """Choose between byte and message reads."""
+        file = self._object(process, handle, File, "SetNamedPipeHandleState")
+        if not file:
+            return self._result(ERROR_INVALID_HANDLE)
+        if file.cut:
+            return self._result(ERRORS[PIPE_DISCONNECTED])
+        message_reads = bool(_number(getattr(mode, "_obj", mode)) & PIPE_READMODE_MESSAGE)
+        if message_reads and not file.instance.name.message_type:
+            return self._result(ERROR_INVALID_PARAMETER)
+        file.message_reads = message_reads
+        return 1
 
     def PeekNamedPipe(
         self, process: Process, handle: Any, buffer: Any, size: int, read: Any, all_: Any, left: Any

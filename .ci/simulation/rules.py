@@ -48,6 +48,7 @@ class Request:
         self.outcome = "none"
         self.must_be_refused = False
         self.must_be_answered = False
+        self.expected: tuple[str, ...] = ()  # the outcomes that may be, if not all may
         self.message = ""
         self.handled: list[float] = []
 
@@ -252,6 +253,8 @@ class Run:
                 continue
             handled = bool(request.handled)
             outcome, answer = request.outcome, request.answer
+            if request.expected and outcome not in request.expected:
+                self.broken("bound", f"{request.id} saw {outcome}, not {request.expected[0]}")
             answered = outcome in ("success", "refused", "none") or (request.timeout or 0) < 1.0
             if request.must_be_answered and self.quiet and not answered:
                 self.broken("ledger", f"{request.id} was under way and saw {outcome}")

@@ -14,7 +14,7 @@ from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
 from simulation.fibers import GreenletExit
 from simulation.kernel import CONNECTED, File, Instance, Process
 from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
-from simulation.scheduler import Task
+from simulation.scheduler import STEP, Task
 
 # ---- Peers on the bare kernel -------------------------------------------------------------------
 
@@ -113,7 +113,8 @@ def _check_cut_off(peer: Peer, handle: int) -> None:
     run = peer.run
     file = peer.process.handles.get(handle)
     is_kept = isinstance(file, File) and file.instance.server is not None
-    calm = not run.stopping and not run.scheduler.interruptions and not run.killed
+    calm = not (run.stopping or run.killed or run.scheduler.interruptions)
+    calm = calm and run.scheduler.jumped < TOLERANCE
     if is_kept and calm and not run.faulty():
         run.broken("silence", f"{peer.process.name} was not cut off in time")
 
@@ -225,6 +226,9 @@ PEERS = [
     _Plan("flood", _flood),
     _Plan("sleeper", _sleeper),
 ]
+
+
+_SILENT = [plan for plan in PEERS if plan.name in ("silent", "half", "sleeper")]
 
 
 # ---- Servers on the bare kernel -----------------------------------------------------------------
@@ -421,10 +425,25 @@ def calm(run: Run) -> None:
     server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
     run.main(slot, server.main)
     for number in range(draw.randrange(2, 7)):
-        _add_client(run, number, draw.choice((0.001, 0.001, 0.002, 0.05)))
+        _add_client(run, number, draw.choice((-1.0, 0.001, 0.001, 0.05)))
     for request in run.requests.values():
         request.connect_timeout = request.timeout = 10.0
     run.must_answer = True
+
+
+def full(run: Run) -> None:
+    """One request is handled and one waits: others see busy."""
+    slot = run.new_slot("server")
+    server = ServerProcess(run, slot)
+    server.max_clients = 64
+    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
+    run.main(slot, server.main)
+    for number in range(5):
+        _add_client(run, number, 0.01 * (number + 1))
+    for place, request in enumerate(run.requests.values()):
+        request.connect_timeout, request.timeout = 0.0, 10.0
+        request.seconds = 0.2
+        request.expected = ("success", "refused") if place < 2 else ("not sent",)
 
 
 def silence(run: Run) -> None:
@@ -432,12 +451,12 @@ def silence(run: Run) -> None:
     draw = run.random
     slot = run.new_slot("server")
     server = ServerProcess(run, slot)
-    server.request_timeout = draw.choice((None, 10.0))
+    server.request_timeout = draw.choice((None, 1.0, 1.0, 10.0))
     server.max_clients = 64
     server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
     run.main(slot, server.main)
     for number in range(draw.randrange(2, 6)):
-        plan = draw.choice(PEERS[:1] + PEERS[2:3])
+        plan = draw.choice(_SILENT)
         peer = Peer(run, f"{plan.name}-{number}")
         peer.start(_peer_body(peer, plan, draw.random(), run.new_request(f"r{number}"), 0.001))
     _add_client(run, 0)
@@ -678,16 +697,19 @@ def _peer_body(
     return body
 
 
-def _add_client(run: Run, number: int, start: float = -1.0) -> None:
+def _add_client(run: Run, number: int, start: float | None = None) -> None:
+    """Add a client; without a start it is drawn, and if that is below 0 it is as soon as can be."""
     draw = run.random
     slot = run.new_slot(f"client-{number}")
-    requests = [run.new_request(f"c{number}.{turn}") for turn in range(draw.choice((1, 1, 2)))]
-    if start < 0:
-        start = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1))
+    turns = 1 if start is not None and start > 0 else draw.choice((1, 1, 2))
+    requests = [run.new_request(f"c{number}.{turn}") for turn in range(turns)]
+    seconds = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1)) if start is None else start
 
     def main() -> None:
-        if start:
-            run.scheduler.sleep(start)
+        if seconds > 0:
+            run.scheduler.sleep(seconds)
+        while seconds < 0 and "VMSHIM-SIMULATED" not in run.kernel.names:
+            run.scheduler.sleep(STEP)
         for request in requests:
             run.issue(slot, request)
         run.check_clean(slot, "after its requests")
@@ -723,8 +745,7 @@ class ServerProcess:
         self.run.cut_off_after = self.request_timeout
         try:
             self._serve(module)
-        except KeyboardInterrupt as error:
-            self._check_interrupted(error)
+        except KeyboardInterrupt:
             self._close()
         except module["PipeOpenError"] as error:
             lost = self.has_rival and isinstance(error, module["PipeAccessError"])
@@ -759,8 +780,14 @@ class ServerProcess:
         self.early = self._count_clients()
         self.run.kernel.on_open = self._somebody_opens
         with self.server:
-            self.server.serve_forever()
+            try:
+                self.server.serve_forever()
+            except KeyboardInterrupt as error:
+                self._check_interrupted(error)
+                raise
             self._check_threads()
+            if self.server._closed and "VMSHIM-SIMULATED" in self.run.kernel.names:
+                self.run.broken("name", "a server that is closed still has its name")
             if self.serve_twice and not self.server._closed:
                 self.server.serve_forever()
 
@@ -933,7 +960,8 @@ SCENARIOS: list[tuple[float, Callable[[Run], None]]] = [
     (0.70, calm),
     (0.85, exchange),
     (0.95, plumbing),
-    (0.98, silence),
+    (0.975, silence),
+    (0.985, full),
     (1.00, rivals),
 ]
 

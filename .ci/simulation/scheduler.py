@@ -159,6 +159,8 @@ class Scheduler:
         self.history: list[tuple[float, str, str]] = []
         self.jumped = 0.0  # virtual time that faults have taken
         self.interruptions = 0
+        self.max_steps = MAX_STEPS
+        self.max_seconds = MAX_SECONDS
         self.hub = get_current()
         self.ending = False
         self.actions: dict[int, Callable[[], None]] = {}  # what happens at a step
@@ -285,9 +287,9 @@ class Scheduler:
             raise GreenletExit
         self.steps += 1
         self.now += STEP
-        if self.violations or self.steps > MAX_STEPS:
+        if self.violations or self.steps > self.max_steps:
             if not self.violations:
-                self.broken("livelock", f"no end after {MAX_STEPS} switch points")
+                self.broken("livelock", f"no end after {self.max_steps} switch points")
             self._stop()
         if self.steps in self.actions:
             self.actions[self.steps]()
@@ -324,9 +326,9 @@ class Scheduler:
                     self.broken("deadlock", f"nothing will ever wake {asleep}")
                 return None
             self.now = max(self.now, self.timers[0][0])
-            if self.now - self.started > MAX_SECONDS + self.jumped:
+            if self.now - self.started > self.max_seconds + self.jumped:
                 awake = ", ".join(repr(task) for task in self.tasks if not task.ended)
-                self.broken("endless", f"after {MAX_SECONDS} s there still is {awake}")
+                self.broken("endless", f"after {self.max_seconds:.1f} s there still is {awake}")
                 return None
             self._fire()
         if len(self.runnable) == 1:
