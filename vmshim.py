@@ -362,7 +362,7 @@ _NAME_TAKEN = (
 )
 _SERVE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
     ERROR_ACCESS_DENIED: _NAME_TAKEN,
-    # A server that has all the instances that it allows answers so, before the name is looked at.
+    # A server that has all the instances that it allows says so, before the name is looked at.
     ERROR_PIPE_BUSY: _NAME_TAKEN,
 }
 _EXCHANGE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
@@ -971,138 +971,117 @@ if sys.platform == "win32":
 
         __del__ = _finaliser("LocalFree")
 
-    def _prototype(library: ctypes.WinDLL, name: str, restype: Any, *argtypes: Any) -> None:
-        function = getattr(library, name)
-        function.restype = restype
-        function.argtypes = argtypes
+    def _prototype(library: ctypes.WinDLL, function: str, restype: Any, **parameters: Any) -> None:
+        """Declare a function of Windows, and its parameters by their names."""
+        prototype = getattr(library, function)
+        prototype.restype = restype
+        prototype.argtypes = tuple(parameters.values())
 
     _prototype(
         _kernel32,
         "CreateFileW",
         _Handle,
-        LPCWSTR,  # lpFileName
-        DWORD,  # dwDesiredAccess
-        DWORD,  # dwShareMode
-        LPVOID,  # lpSecurityAttributes
-        DWORD,  # dwCreationDisposition
-        DWORD,  # dwFlagsAndAttributes
-        HANDLE,  # hTemplateFile
+        lpFileName=LPCWSTR,
+        dwDesiredAccess=DWORD,
+        dwShareMode=DWORD,
+        lpSecurityAttributes=LPVOID,
+        dwCreationDisposition=DWORD,
+        dwFlagsAndAttributes=DWORD,
+        hTemplateFile=HANDLE,
     )
-    _prototype(
-        _kernel32,
-        "WaitNamedPipeW",
-        BOOL,
-        LPCWSTR,  # lpNamedPipeName
-        DWORD,  # nTimeOut, in milliseconds
-    )
+    _prototype(_kernel32, "WaitNamedPipeW", BOOL, lpNamedPipeName=LPCWSTR, nTimeOut=DWORD)
     _prototype(
         _kernel32,
         "CreateNamedPipeW",
         _Handle,
-        LPCWSTR,  # lpName
-        DWORD,  # dwOpenMode
-        DWORD,  # dwPipeMode
-        DWORD,  # nMaxInstances
-        DWORD,  # nOutBufferSize
-        DWORD,  # nInBufferSize
-        DWORD,  # nDefaultTimeOut
-        ctypes.POINTER(SECURITY_ATTRIBUTES),  # lpSecurityAttributes
+        lpName=LPCWSTR,
+        dwOpenMode=DWORD,
+        dwPipeMode=DWORD,
+        nMaxInstances=DWORD,
+        nOutBufferSize=DWORD,
+        nInBufferSize=DWORD,
+        nDefaultTimeOut=DWORD,
+        lpSecurityAttributes=ctypes.POINTER(SECURITY_ATTRIBUTES),
     )
-    _prototype(
-        _kernel32,
-        "ConnectNamedPipe",
-        BOOL,
-        HANDLE,  # hNamedPipe
-        LPOVERLAPPED,  # lpOverlapped
-    )
+    _prototype(_kernel32, "ConnectNamedPipe", BOOL, hNamedPipe=HANDLE, lpOverlapped=LPOVERLAPPED)
     _prototype(
         _kernel32,
         "ReadFile",
         BOOL,
-        HANDLE,  # hFile
-        LPVOID,  # lpBuffer
-        DWORD,  # nNumberOfBytesToRead
-        LPDWORD,  # lpNumberOfBytesRead
-        LPOVERLAPPED,  # lpOverlapped
+        hFile=HANDLE,
+        lpBuffer=LPVOID,
+        nNumberOfBytesToRead=DWORD,
+        lpNumberOfBytesRead=LPDWORD,
+        lpOverlapped=LPOVERLAPPED,
     )
     _prototype(
         _kernel32,
         "WriteFile",
         BOOL,
-        HANDLE,  # hFile
-        LPCVOID,  # lpBuffer
-        DWORD,  # nNumberOfBytesToWrite
-        LPDWORD,  # lpNumberOfBytesWritten
-        LPOVERLAPPED,  # lpOverlapped
+        hFile=HANDLE,
+        lpBuffer=LPCVOID,
+        nNumberOfBytesToWrite=DWORD,
+        lpNumberOfBytesWritten=LPDWORD,
+        lpOverlapped=LPOVERLAPPED,
     )
-    _prototype(
-        _kernel32,
-        "FlushFileBuffers",
-        BOOL,
-        HANDLE,  # hFile
-    )
+    _prototype(_kernel32, "FlushFileBuffers", BOOL, hFile=HANDLE)
     _prototype(
         _kernel32,
         "CreateEventW",
         _Handle,
-        LPVOID,  # lpEventAttributes
-        BOOL,  # bManualReset
-        BOOL,  # bInitialState
-        LPCWSTR,  # lpName
+        lpEventAttributes=LPVOID,
+        bManualReset=BOOL,
+        bInitialState=BOOL,
+        lpName=LPCWSTR,
     )
     _prototype(
         _kernel32,
         "GetOverlappedResultEx",
         BOOL,
-        HANDLE,  # hFile
-        LPOVERLAPPED,  # lpOverlapped
-        LPDWORD,  # lpNumberOfBytesTransferred
-        DWORD,  # dwMilliseconds
-        BOOL,  # bAlertable
+        hFile=HANDLE,
+        lpOverlapped=LPOVERLAPPED,
+        lpNumberOfBytesTransferred=LPDWORD,
+        dwMilliseconds=DWORD,
+        bAlertable=BOOL,
     )
-    _prototype(
-        _kernel32,
-        "CancelIoEx",
-        BOOL,
-        HANDLE,  # hFile
-        LPOVERLAPPED,  # lpOverlapped
-    )
+    _prototype(_kernel32, "CancelIoEx", BOOL, hFile=HANDLE, lpOverlapped=LPOVERLAPPED)
+    # Not a _Handle: it may be the existing port, which must not be closed.
     _prototype(
         _kernel32,
         "CreateIoCompletionPort",
-        HANDLE,  # not a _Handle: it may be the existing port, which must not be closed
-        HANDLE,  # FileHandle
-        HANDLE,  # ExistingCompletionPort
-        ULONG_PTR,  # CompletionKey
-        DWORD,  # NumberOfConcurrentThreads
+        HANDLE,
+        FileHandle=HANDLE,
+        ExistingCompletionPort=HANDLE,
+        CompletionKey=ULONG_PTR,
+        NumberOfConcurrentThreads=DWORD,
     )
     _prototype(
         _kernel32,
         "GetQueuedCompletionStatus",
         BOOL,
-        HANDLE,  # CompletionPort
-        LPDWORD,  # lpNumberOfBytesTransferred
-        ctypes.POINTER(ULONG_PTR),  # lpCompletionKey
-        ctypes.POINTER(LPVOID),  # lpOverlapped
-        DWORD,  # dwMilliseconds
+        CompletionPort=HANDLE,
+        lpNumberOfBytesTransferred=LPDWORD,
+        lpCompletionKey=ctypes.POINTER(ULONG_PTR),
+        lpOverlapped=ctypes.POINTER(LPVOID),
+        dwMilliseconds=DWORD,
     )
     _prototype(
         _kernel32,
         "PostQueuedCompletionStatus",
         BOOL,
-        HANDLE,  # CompletionPort
-        DWORD,  # dwNumberOfBytesTransferred
-        ULONG_PTR,  # dwCompletionKey
-        LPOVERLAPPED,  # lpOverlapped
+        CompletionPort=HANDLE,
+        dwNumberOfBytesTransferred=DWORD,
+        dwCompletionKey=ULONG_PTR,
+        lpOverlapped=LPOVERLAPPED,
     )
     _prototype(
         _advapi32,
         "ConvertStringSecurityDescriptorToSecurityDescriptorW",
         BOOL,
-        LPCWSTR,  # StringSecurityDescriptor
-        DWORD,  # StringSDRevision
-        ctypes.POINTER(_SecurityDescriptor),  # SecurityDescriptor
-        LPDWORD,  # SecurityDescriptorSize
+        StringSecurityDescriptor=LPCWSTR,
+        StringSDRevision=DWORD,
+        SecurityDescriptor=ctypes.POINTER(_SecurityDescriptor),
+        SecurityDescriptorSize=LPDWORD,
     )
 else:
 
