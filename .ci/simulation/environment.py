@@ -123,7 +123,8 @@ class Slot:
             _count=lambda: sum(not task.ended for task in self.scheduler.tasks[1:]),
         )
         time = types.ModuleType("time")
-        time.__dict__.update(monotonic=self._monotonic, perf_counter=self._monotonic, time=self._monotonic
+        time.__dict__.update(
+            monotonic=self._monotonic, perf_counter=self._monotonic, time=self._monotonic
         )
         time.__dict__.update(sleep=self._sleep)
         system = _System("sys")
@@ -273,7 +274,7 @@ class Function:
 
     def __init__(self, slot: Slot, name: str) -> None:
         self.slot = slot
-        self.name = name
+        self.name = self.__name__ = name
         self.restype: Any = ctypes.c_int
         self.argtypes: Any = None
         self.errcheck: Any = None

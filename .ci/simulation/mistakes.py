@@ -23,7 +23,8 @@ MISTAKES: list[Mistake] = [
     Mistake(
         "what is cancelled is waited for",
         "            while self.is_pending():\n                self.wait(_SLICE)\n",
-        "            while self.is_pending() and not cancelled:\n                self.wait(_SLICE)\n",
+        "            while self.is_pending() and not cancelled:\n"
+        "                self.wait(_SLICE)\n",
     ),
     Mistake(
         "what ends by itself while it is cancelled is waited for",
@@ -72,18 +73,21 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "each operation has an OVERLAPPED of its own",
-        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)\n",
+        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and "
+        "event.value)\n",
         "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n"
         "        self.overlapped.hEvent = event and event.value\n",
     ),
     Mistake(
         "the buffer lives as long as the operation",
         "        self.arguments = arguments\n",
-        "        self.arguments = ()\n        start = getattr(_kernel32, function)\n"
+        "        self.arguments = ()\n"
+        "        start = getattr(_kernel32, function)\n"
         "        import ctypes as c\n"
         "        self.arguments = tuple(\n"
         "            type(a)() if isinstance(a, c.Array) else a for a in arguments\n"
-        "        )\n        del start\n",
+        "        )\n"
+        "        del start\n",
     ),
     # A pipe.
     Mistake(
@@ -125,14 +129,20 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a refusal that came before all was read is read",
-        "        response = _read_response(pipe, max_response)\n        if not response:\n            raise\n        return response\n",
+        "        response = _read_response(pipe, max_response)\n"
+        "        if not response:\n"
+        "            raise\n"
+        "        return response\n",
         "        raise\n",
     ),
     Mistake(
         "a client closes on every path",
-        "        with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:\n",
-        "        pipe = dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout)\n"
-        "        sys.modules.setdefault('pipes', []).append(pipe)\n        if pipe:\n",
+        "        with dial_pipe(pipe_path, connect_timeout=connect_timeout, "
+        "timeout=timeout) as pipe:\n",
+        "        pipe = dial_pipe(pipe_path, connect_timeout=connect_timeout, "
+        "timeout=timeout)\n"
+        "        sys.modules.setdefault('pipes', []).append(pipe)\n"
+        "        if pipe:\n",
     ),
     Mistake(
         "busy is tried no longer than allowed",
@@ -142,7 +152,8 @@ MISTAKES: list[Mistake] = [
     Mistake(
         "a request is never repeated",
         "            response = _exchange(pipe, message, max_response)\n",
-        "            try:\n                response = _exchange(pipe, message, max_response)\n"
+        "            try:\n"
+        "                response = _exchange(pipe, message, max_response)\n"
         "            except OutcomeUnknownError:\n"
         "                with dial_pipe(pipe_path, timeout=timeout) as pipe:\n"
         "                    response = _exchange(pipe, message, max_response)\n",
@@ -150,18 +161,25 @@ MISTAKES: list[Mistake] = [
     # The handler's thread.
     Mistake(
         "the handler comes before success",
-        "            if client is not None:\n                self._responses.put((client, self._call_handler(client.request)))\n",
-        "            if client is not None:\n                self._responses.put((client, SHIM_SUCCESS))\n"
-        "                self._wake()\n                self._call_handler(client.request)\n",
+        "            if client is not None:\n"
+        "                self._responses.put((client, "
+        "self._call_handler(client.request)))\n",
+        "            if client is not None:\n"
+        "                self._responses.put((client, SHIM_SUCCESS))\n"
+        "                self._wake()\n"
+        "                self._call_handler(client.request)\n",
     ),
     Mistake(
         "the handler has one request at a time",
         "                self._responses.put((client, self._call_handler(client.request)))\n",
-        "                import _thread\n\n"
+        "                import _thread\n"
+        "\n"
         "                _thread.start_new_thread(\n"
         "                    lambda: self._responses.put(\n"
         "                        (client, self._call_handler(client.request))\n"
-        "                    ),\n                    (),\n                )\n",
+        "                    ),\n"
+        "                    (),\n"
+        "                )\n",
     ),
     Mistake(
         "a response wakes the I/O thread",
@@ -201,8 +219,15 @@ MISTAKES: list[Mistake] = [
     # The I/O thread.
     Mistake(
         "what was answered before the handler left isn't lost",
-        "        while not self._responses.empty():\n            self._resume(*self._responses.get())\n        if handler_has_left:\n",
-        "        if handler_has_left:\n            for client in list(self._at_handler):\n                self._resume(client, None)\n        while not self._responses.empty():\n            self._resume(*self._responses.get())\n        if handler_has_left:\n",
+        "        while not self._responses.empty():\n"
+        "            self._resume(*self._responses.get())\n"
+        "        if handler_has_left:\n",
+        "        if handler_has_left:\n"
+        "            for client in list(self._at_handler):\n"
+        "                self._resume(client, None)\n"
+        "        while not self._responses.empty():\n"
+        "            self._resume(*self._responses.get())\n"
+        "        if handler_has_left:\n",
     ),
     Mistake(
         "a client is answered once",
@@ -211,7 +236,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a client that is late is cut off",
-        "            client, _ = self._deadlines.popitem(last=False)\n            client.cut_off()\n",
+        "            client, _ = self._deadlines.popitem(last=False)\n"
+        "            client.cut_off()\n",
         "            client, _ = self._deadlines.popitem(last=False)\n",
     ),
     Mistake(
@@ -236,7 +262,9 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "the door is open again after a client",
-        "        if self._offered is client:\n            self._offered = None\n        if error not in",
+        "        if self._offered is client:\n"
+        "            self._offered = None\n"
+        "        if error not in",
         "        if error not in",
     ),
     Mistake(
@@ -261,8 +289,11 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "the server lets go of an operation that has ended",
-        "        client.operations.remove(operation)\n        operation.end()\n        self._advance(client, task, (error, count.value))\n",
-        "        client.operations.remove(operation)\n        self._advance(client, task, (error, count.value))\n",
+        "        client.operations.remove(operation)\n"
+        "        operation.end()\n"
+        "        self._advance(client, task, (error, count.value))\n",
+        "        client.operations.remove(operation)\n"
+        "        self._advance(client, task, (error, count.value))\n",
     ),
     Mistake(
         "cutting off cancels",
@@ -306,7 +337,9 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "nobody else can connect to the name's keeper",
-        "        while not self.use_up():\n            self.early.append(instance)\n            instance = self.create()\n",
+        "        while not self.use_up():\n"
+        "            self.early.append(instance)\n"
+        "            instance = self.create()\n",
         "",
     ),
     Mistake(

@@ -179,7 +179,7 @@ class Scheduler:
         task.sleeping = True
         self.runnable.remove(task)
         if deadline < math.inf:
-            self._add_timer(deadline, task, task.token)
+            self._add_timer(deadline + 5 * self.delay("wake"), task, task.token)
         self._switch(self._next(None))
         woken: bool = task.woken
         return woken
@@ -201,7 +201,7 @@ class Scheduler:
         if not size:
             return 0.0
         seconds = size * size * 2e-3
-        self.jumped += seconds
+        self.jumped += 5 * seconds
         return seconds
 
     def chance(self, probability: float) -> bool:
