@@ -36,8 +36,13 @@ class Tracer:
     def start(self, run: Run) -> None:
         """Begin with a run."""
         self.run = run
-        run.tracing = lambda: sys.settrace(self.call)
+        run.scheduler.trace_again = self.trace_again
         sys.settrace(self.call)
+
+    def trace_again(self) -> None:
+        """CPython stops tracing when a trace function raises, as it does for Ctrl-C."""
+        if sys.gettrace() is None:
+            sys.settrace(self.call)
 
     def stop(self) -> None:
         """End with a run."""
@@ -63,8 +68,7 @@ class Tracer:
             return self.opcode
         if frame.f_lasti in self._skipped_in(frame):
             return self.opcode
-        if len(scheduler.runnable) > 1 and run.deep_random.random() < run.deep_rate:
-            scheduler.preempt()
+        scheduler.bytecode(run.deep_rate)
         if task.interrupts:
             task.points += 1
             if task.points == task.interrupts[0]:

@@ -71,6 +71,7 @@ ERROR_INVALID_PARAMETER = 87
 ERROR_SEM_TIMEOUT = 121
 ERROR_INVALID_NAME = 123
 ERROR_PIPE_BUSY = 231
+ERROR_MR_MID_NOT_FOUND = 317
 ERROR_ABANDONED_WAIT_0 = 735
 ERROR_IO_INCOMPLETE = 996
 ERROR_IO_PENDING = 997
@@ -1181,7 +1182,8 @@ class Kernel:
                 return self._result(too_early)
         status = overlapped.Internal
         _store(count, overlapped.InternalHigh)
-        return self._result(ERRORS[status])
+        # A number of the caller's own counts as success if its highest bit isn't set.
+        return self._result(ERRORS.get(status, 0 if status < 2**31 else ERROR_MR_MID_NOT_FOUND))
 
     def _check_wait(self, operation: Operation | None, seconds: float) -> None:
         """Waiting for what failed at once is endless; a caller that can't know may try for once."""

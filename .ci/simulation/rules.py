@@ -74,9 +74,7 @@ class Run:
         self.without: frozenset[str] = frozenset()  # faults that are left out
         self.deep = False
         self.fine = self.random.random() < 0.3  # a switch point after each call, too
-        self.deep_random = random.Random(seed)
-        self.deep_rate = self.deep_random.choice((0.0, 0.001, 0.01))
-        self.tracing: Callable[[], object] = bool
+        self.deep_rate = random.Random(seed).choice((0.0, 0.001, 0.01))
         self.bad_server = False  # the requests go to a server that isn't vmshim's
         self.handling = 0
         self.order: list[str] = []

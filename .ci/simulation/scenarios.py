@@ -439,10 +439,10 @@ def full(run: Run) -> None:
     server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
     run.main(slot, server.main)
     for number in range(5):
-        _add_client(run, number, 0.01 * (number + 1))
+        _add_client(run, number, 0.03 * (number + 1))
     for place, request in enumerate(run.requests.values()):
         request.connect_timeout, request.timeout = 0.0, 10.0
-        request.seconds = 0.2
+        request.seconds = 0.5
         request.expected = ("success", "refused") if place < 2 else ("not sent",)
 
 

@@ -86,6 +86,10 @@ class Decisions:
             self.switches[step] = chosen.label
         return chosen
 
+    def preempts(self, bytecode: int, rate: float) -> bool:
+        """Tell whether another thread goes on at this bytecode (their numbers are below 0)."""
+        return self.random.random() < rate
+
     def fault(self) -> float:
         """Return 0 for no fault, mostly; else a random number that says which or how much."""
         self.next_fault -= 1
@@ -124,6 +128,10 @@ class Replay(Decisions):
         assert chosen
         return chosen
 
+    def preempts(self, bytecode: int, rate: float) -> bool:
+        """Repeat a switch at a bytecode if it is one of the given."""
+        return bytecode in self.given_switches
+
     def fault(self) -> float:
         """Repeat a fault if it is one of the given."""
         return self.given_faults.get(self.asked, 0.0)
@@ -159,6 +167,8 @@ class Scheduler:
         self.history: list[tuple[float, str, str]] = []
         self.jumped = 0.0  # virtual time that faults have taken
         self.interruptions = 0
+        self.bytecodes = 0  # counted downwards, so that they can't be taken for steps
+        self.trace_again: Callable[[], None] | None = None
         self.max_steps = MAX_STEPS
         self.max_seconds = MAX_SECONDS
         self.hub = get_current()
@@ -287,6 +297,8 @@ class Scheduler:
             raise GreenletExit
         self.steps += 1
         self.now += STEP
+        if self.trace_again:
+            self.trace_again()
         if self.violations or self.steps > self.max_steps:
             if not self.violations:
                 self.broken("livelock", f"no end after {self.max_steps} switch points")
@@ -300,13 +312,14 @@ class Scheduler:
             if chosen is not task:
                 self._switch(chosen)
 
-    def preempt(self) -> None:
-        """Let another thread go on where the current one wouldn't give way by itself."""
-        self.steps += 1
-        if self.violations:
-            self._stop()
-        others = [task for task in self.runnable if task is not self.current]
-        self._switch(self.decisions.pick(others, None, self.steps))
+    def bytecode(self, rate: float) -> None:
+        """Perhaps let another thread go on, between two bytecodes of the current one."""
+        self.bytecodes -= 1
+        if len(self.runnable) > 1 and self.decisions.preempts(self.bytecodes, rate):
+            if self.violations:
+                self._stop()
+            others = [task for task in self.runnable if task is not self.current]
+            self._switch(self.decisions.pick(others, None, self.bytecodes))
 
     def sleep(self, seconds: float) -> None:
         """Let virtual time pass for the current thread."""
