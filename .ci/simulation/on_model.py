@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from simulation import histories
+from simulation.environment import start_thread
 from simulation.kernel import Kernel, Process
 from simulation.scheduler import Decisions, Scheduler, Task
 
@@ -26,9 +27,10 @@ def _run_on_model(number: int, history: histories.History) -> tuple[list[str], l
     scheduler = Scheduler(Decisions(number))
     process = Process("history")
     api = histories.Api()
-    api.functions = _Functions(Kernel(scheduler, strict=False), process)
+    kernel = Kernel(scheduler, strict=False)
+    api.functions = _Functions(kernel, process)
     api.last_error = lambda: int(scheduler.current.last_error)
-    api.start = lambda step: _ignore(scheduler.spawn(process, "thread", step))
+    api.start = lambda step: _ignore(start_thread(kernel, process, "thread", step))
     api.sleep = scheduler.sleep
     results: list[str] = []
     wrong: list[str] = []
