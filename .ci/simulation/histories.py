@@ -7,9 +7,10 @@ They are run on the model (`.ci/simulate.py --histories`) and, under Wine, on th
     result r       -> 0 3 abc       an operation's error, count and data
     flush s        -> 0 | wine: 5   Wine answers otherwise
 
-`--differences` lists where Wine does otherwise. Each history names its source: a Wine conformance test (they pass on Windows, so they say what Windows
-does), Microsoft's documentation, ReactOS's npfs driver, or go-winio. In a path, % stands for a
-name of the history's own. The steps are explained at `Steps`, each by its function.
+Each names its source: a Wine conformance test (they pass on Windows, so they say what Windows
+does), Microsoft's documentation, ReactOS's npfs driver, or go-winio. `--differences` lists where
+Wine does otherwise. In a path, % stands for a name of the history's own. The steps are explained
+at `Steps`, each by its function.
 """
 
 from __future__ import annotations
