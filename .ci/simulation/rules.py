@@ -15,7 +15,6 @@ and saw, and what the handler did; when all is over, and while it goes on, these
 
 from __future__ import annotations
 
-import gc
 import random
 from typing import Any, Callable
 
@@ -124,11 +123,9 @@ class Run:
         self.scheduler.broken(rule, text)
 
     def check_clean(self, slot: Slot, when: str) -> None:
-        """A process that is through has nothing left."""
+        """A process that is through has nothing left, and needs no garbage collection for that."""
         process = slot.process
         under_way = slot.module.__dict__["_under_way"]
-        if process.handles or under_way or process.operations:
-            gc.collect()
         if process.handles:
             kinds = ", ".join(type(handle).__name__ for handle in process.handles.values())
             self.broken("left", f"{process.name} has handles left {when}: {kinds}")
