@@ -217,6 +217,9 @@ class Run:
                 self._check_early(slot, request, jumped)
         except KeyboardInterrupt:
             request.outcome = "interrupted"
+            took = self.scheduler.now - self.scheduler.current.interrupted_at
+            if took > 1.0 + self.scheduler.jumped:
+                self.broken("timeout", f"Ctrl-C came out after {took:.3f} s")
         except GreenletExit:
             raise
         except BaseException as error:

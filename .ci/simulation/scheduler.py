@@ -237,7 +237,7 @@ class Scheduler:
 
     def note(self, text: str) -> None:
         """Add a line to the history."""
-        if self.keep_history:
+        if self.keep_history and not self.ending:
             self.history.append((self.now - self.started, repr(self.current), text))
 
     def interrupted(self, task: Task, what: str) -> None:
