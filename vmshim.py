@@ -41,27 +41,60 @@ import math
 import os
 import sys
 import time
-import uuid
-from datetime import datetime, timedelta, timezone
+from collections import namedtuple
 from enum import Enum
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Tuple
 
 # Modules that a plain request does not need are imported inside functions: they are slow to load.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    import uuid
     from collections import OrderedDict, deque
+    from datetime import datetime
     from queue import SimpleQueue
     from types import FrameType, TracebackType
-    from typing import Callable, Generator, NoReturn, Optional, Protocol, Sequence
+    from typing import (
+        Any,
+        Callable,
+        Generator,
+        List,
+        Mapping,
+        NamedTuple,
+        NoReturn,
+        Optional,
+        Protocol,
+        Sequence,
+        Tuple,
+    )
 
     class Readable(Protocol):
         """What check_shim_response() reads: a pipe, a file, a BytesIO."""
 
         def read(self, size: int, /) -> bytes | None: ...
 
+    _Pairs = List[Tuple[str, Any]]
     _Task = Generator[Optional["_Operation"], Any, None]
+else:
+    _Pairs = list
+
+    class _NamedTupleType(type):
+        """Makes what typing.NamedTuple makes; importing typing takes longer than all the others."""
+
+        def __new__(mcs, name, bases, namespace):
+            fields = namespace["__annotations__"]
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            base = namedtuple(name, fields, defaults=defaults)
+
+            def create(cls, *values, **more):
+                record = base.__new__(cls, *values, **more)
+                made = (value.make() if type(value) is _Made else value for value in record)
+                return tuple.__new__(cls, made)
+
+            create.__wrapped__ = base.__new__  # help() shows its arguments
+            return type(name, (base,), {"__slots__": (), "__new__": create, **namespace})
+
+    NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
 
 __version__ = "0.2.0"
@@ -101,6 +134,22 @@ __all__ = [
     "shim_pipe_path",
     "vm_pipe_path",
 ]
+
+
+class _Made:
+    """A default of a named tuple that is made when it is needed."""
+
+    def __init__(self, make: Callable[[], object], text: str) -> None:
+        self.make = make
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _default(make: Callable[[], object], text: str) -> Any:
+    """Return a default that type checkers take for any type; `text` stands for it in help()."""
+    return _Made(make, text)
 
 
 # ---- Names and paths ----------------------------------------------------------------------------
@@ -160,6 +209,8 @@ def _path_unescape(name: str) -> str:
 
 
 def _parse_guid(guid: uuid.UUID | str) -> uuid.UUID:
+    import uuid
+
     if isinstance(guid, uuid.UUID):
         return guid
     _check_text("GUID", guid)
@@ -506,7 +557,7 @@ _GO_ESCAPES.update(
 )
 
 
-class _Object(List[Tuple[str, Any]]):
+class _Object(_Pairs):
     """A JSON object's members, in order and with duplicates: pairs of key and value."""
 
 
@@ -594,6 +645,7 @@ def _check_type(key: str, value: Any, kind: type, what: str) -> None:
 def _read_time(key: str, value: Any) -> tuple[datetime, int]:
     """Return the datetime and the nanoseconds that it can't hold."""
     import re
+    from datetime import datetime, timedelta, timezone
 
     text = _read_string(key, value)
     match = re.fullmatch(
@@ -696,8 +748,14 @@ _REQUEST_FIELDS = (
 )
 
 
-# A base class, because typing.NamedTuple allows no __new__.
-class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
+class _Request(NamedTuple):
+    """The fields of a VMRequest: a NamedTuple may have no __new__ of its own."""
+
+    id: str
+    op: str
+
+
+class VMRequest(_Request):
     """One request to a VM shim: a container's ID and what to do to it (hcsshim: VMRequest).
 
     `op` is a VMRequestOp or its wire text. Like the reference's, a VMRequest can have an unknown
@@ -748,7 +806,13 @@ class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
 
 _document(VMRequest, _REQUEST_FIELDS)
 
-_NEVER = datetime(1, 1, 1, tzinfo=timezone.utc)
+
+def _never() -> datetime:
+    from datetime import datetime, timezone
+
+    return datetime(1, 1, 1, tzinfo=timezone.utc)
+
+
 _CREATED = "When it was created, an aware datetime; 0001-01-01T00:00:00Z means never."
 _NANOSECOND = "The last three digits of that time, 0 to 999 ns, which a datetime can't hold."
 
@@ -779,8 +843,8 @@ class ContainerState(NamedTuple):
     status: str = ""
     bundle: str = ""
     rootfs: str = ""
-    created: datetime = _NEVER
-    annotations: Mapping[str, str] = MappingProxyType({})
+    created: datetime = _default(_never, "never")
+    annotations: Mapping[str, str] = _default(dict, "{}")
     owner: str = ""
     created_nanosecond: int = 0
 
@@ -816,10 +880,6 @@ class ContainerState(NamedTuple):
         that is written with escapes, and merges the annotations if that key comes twice.
         """
         return cls(**_read_members(_decode_only(data), _STATE_FIELDS))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The default annotations can be neither pickled nor copied.
-        return type(self), tuple(self._replace(annotations=dict(self.annotations)))
 
 
 _document(
@@ -1539,7 +1599,12 @@ def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> 
 
 # ---- runhcs's own state -------------------------------------------------------------------------
 
-_ZERO_GUID = uuid.UUID(int=0)
+
+def _zero_guid() -> uuid.UUID:
+    import uuid
+
+    return uuid.UUID(int=0)
+
 
 _CONTAINER_FIELDS = (
     _Field("id", "ID", _read_string, "The container's ID."),
@@ -1570,11 +1635,11 @@ class Container(NamedTuple):
     sandbox_id: str = ""
     host_id: str = ""
     bundle: str = ""
-    created: datetime = _NEVER
+    created: datetime = _default(_never, "never")
     rootfs: str = ""
     is_host: bool = False
-    unique_id: uuid.UUID = _ZERO_GUID
-    host_unique_id: uuid.UUID = _ZERO_GUID
+    unique_id: uuid.UUID = _default(_zero_guid, "the zero GUID")
+    host_unique_id: uuid.UUID = _default(_zero_guid, "the zero GUID")
     shim_pid: int = -1
     created_nanosecond: int = 0
 
@@ -1583,7 +1648,7 @@ class Container(NamedTuple):
 
         Raises ContainerNotFoundError if the container runs in no VM.
         """
-        if self.host_unique_id == _ZERO_GUID:
+        if self.host_unique_id == _zero_guid():
             raise ContainerNotFoundError(
                 f"container '{self.id}' runs in no VM, so no VM shim can be asked"
             )
@@ -2785,6 +2850,7 @@ def _handshake(make_server: Callable[[], VMShimServer]) -> VMShimServer:
 
 def _run_demo(options: argparse.Namespace) -> int:
     import _thread
+    import uuid
 
     def carry_out(request: VMRequest) -> None:
         if request.op == VMRequestOp.SYNC_NAMESPACE:
