@@ -190,6 +190,9 @@ class Run:
                 raise slot.module.__dict__["ShimError"](f"refused {request.id}")
             if request.answer == "bug":
                 raise RuntimeError(f"bug {request.id}")
+            if request.answer == "exit":
+                self.stopping = True
+                raise SystemExit
         finally:
             self.handling -= 1
 

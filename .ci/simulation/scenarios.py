@@ -33,7 +33,7 @@ class Peer:
 
         def body() -> None:
             behave()
-            self.kernel.end_process(self.process)
+            self.run.end_process(self.process)
 
         task = self.world.spawn(self.process, "peer", body)
         self.run.peers.append(task)
@@ -676,6 +676,8 @@ def service(run: Run) -> None:
             request = run.new_request(f"r{number}")
             start = draw.choice((0.0, 0.0, 0.001, 0.02, 0.3))
             peer.start(_peer_body(peer, plan, draw.random(), request, start))
+    if draw.random() < 0.05:
+        draw.choice([*run.requests.values()]).answer = "exit"
     _add_faults(run)
     run.quiet = _is_quiet(run)
 
@@ -767,7 +769,18 @@ class ServerProcess:
             while not task.ended:
                 self.run.scheduler.sleep(0.05)
         self._check()
+        if not self.slot.faulty and not self.has_rival:
+            self._begin_again(module)
         self.run.kernel.end_process(self.slot.process)
+
+    def _begin_again(self, module: dict[str, Any]) -> None:
+        """The name is free for the next server."""
+        self.run.scheduler.current.interrupts = []
+        try:
+            module["VMShimServer"](PATH, self._handler).close()
+        except OSError as error:
+            self.run.broken("name", f"the next server got {error!r}")
+        self.run.check_clean(self.slot, "after the next server's end")
 
     def _serve(self, module: dict[str, Any]) -> None:
         self.server = module["VMShimServer"](
