@@ -1212,18 +1212,21 @@ class _Operation:
         *("overlapped", "thread"),
     )
 
-    def __init__(
-        self, handle: _Handle | None, function: Any, *arguments: Any, event: _Handle | None = None
-    ) -> None:
+    def __init__(self, handle: _Handle | None, function: Any, *arguments: Any) -> None:
         self.handle = handle
+        self.event: _Handle | None = None
         self.function = function
         self.arguments = arguments
-        self.event = event
-        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)
+        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)
         self.address = ctypes.addressof(self.overlapped)
         self.count = DWORD()
         self.thread = _thread.get_ident()
         self._is_started = False
+
+    def signal_by(self, event: _Handle) -> None:
+        """Have Windows signal an event at its end, and not the pipe's own handle."""
+        self.event = event
+        self.overlapped.hEvent = event.value
 
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
@@ -1278,7 +1281,7 @@ def _forget_ended() -> None:
             _under_way.pop(address, None)
 
 
-_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
+_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
 
 
 class _Flush:
@@ -1463,12 +1466,14 @@ class Pipe(io.RawIOBase):
         Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
         close() sees to it. Raises ResponseTimeoutError if the deadline came first.
         """
-        operation = _Operation(
-            self._open_handle(), function, *arguments, event=self._new_event_if_needed()
-        )
+        operation = _Operation(self._open_handle(), function, *arguments)
         self._operations.append(operation)
         timed_out = False
         try:
+            # The pipe's own handle can signal one operation only. Where one is under way at a time,
+            # as it mostly is, that saves an event.
+            if self._operations[0] is not operation:
+                operation.signal_by(self._new_event())
             error = operation.start() or ERROR_IO_INCOMPLETE
             while error in _UNFINISHED:
                 seconds = self.deadline - time.monotonic()
@@ -1486,13 +1491,7 @@ class Pipe(io.RawIOBase):
             error = WAIT_TIMEOUT
         return error, operation.count.value
 
-    def _new_event_if_needed(self) -> _Handle | None:
-        """Return what Windows signals at an operation's end; None is the pipe's own handle.
-
-        That saves an event where one operation is under way at a time, as it mostly is.
-        """
-        if not self._operations:
-            return None
+    def _new_event(self) -> _Handle:
         event: _Handle = _kernel32.CreateEventW(None, True, False, None)
         if not event.value:
             raise _exchange_error(_last_error(), self.name)
