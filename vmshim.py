@@ -282,18 +282,31 @@ class VMShimError(Exception):
 class ShimError(VMShimError):
     """The shim refused the request; str() gives its error text. A server's handler raises it, too.
 
-    `message` is the text as it came, `response` the bytes of the response, and `exit_code` that of
-    the shim's process where check_shim_response() was given one, otherwise None.
+    `response` is the bytes of the response, and `exit_code` that of the shim's process where
+    check_shim_response() was given one, otherwise None. Without a `message` the text is the
+    response, decoded whenever it is asked for: a long one is held only once.
     """
 
-    def __init__(self, message: str, response: bytes = b"", exit_code: int | None = None) -> None:
+    def __init__(
+        self, message: str | None, response: bytes = b"", exit_code: int | None = None
+    ) -> None:
         super().__init__(message, response, exit_code)
-        self.message = message
+        self._message = message
         self.response = response
         self.exit_code = exit_code
 
+    @property
+    def message(self) -> str:
+        """The text as it came."""
+        if self._message is None:
+            return self.response.decode("utf-8", "replace")
+        return self._message
+
     def __str__(self) -> str:
         return self.message.rstrip("\r\n")
+
+    def __repr__(self) -> str:
+        return f"ShimError({self.message!r}, {self.response!r}, {self.exit_code!r})"
 
 
 class NotSentError(VMShimError):
@@ -916,15 +929,15 @@ def check_shim_response(
 def _read_response(pipe: Readable, limit: int) -> bytes:
     """Read to end of file, or to the first byte beyond the limit."""
     _check_max_response(limit)
-    response = bytearray()
-    while len(response) <= limit:
-        chunk = pipe.read(min(limit + 1 - len(response), 65536))
+    response = io.BytesIO()
+    while response.tell() <= limit:
+        chunk = pipe.read(min(limit + 1 - response.tell(), 65536))
         if chunk is None:
             raise BlockingIOError(errno.EAGAIN, "pipe.read() returned None: it must be blocking")
         if not chunk:
             break
-        response += chunk
-    return bytes(response)
+        response.write(chunk)
+    return response.getvalue()
 
 
 def _check_max_response(limit: int) -> None:
@@ -934,13 +947,14 @@ def _check_max_response(limit: int) -> None:
 
 def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimError:
     """Return the exception for a response that isn't success."""
-    message = response.decode("utf-8", "replace")
+    message = None
     if not response:
         message = "unknown shim failure"
         if exit_code is not None:
             message += f", exit code {exit_code}"
     elif len(response) > limit:
-        message = f"the response is longer than {limit} bytes; it begins: {message[:200]}"
+        beginning = response[:800].decode("utf-8", "replace")[:200]
+        message = f"the response is longer than {limit} bytes; it begins: {beginning}"
     return ShimError(message, response, exit_code)
 
 
@@ -1175,8 +1189,8 @@ def _last_error() -> int:
 _SLICE = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
-_CHUNK = 65536
-"""The most that is read at once, in bytes."""
+_Chunk = ctypes.c_char * 16384
+"""The buffer of a read."""
 
 _NOT_STARTED = 1
 """Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
@@ -1198,7 +1212,7 @@ class _Operation:
     )
 
     def __init__(
-        self, handle: _Handle | None, function: str, *arguments: Any, event: _Handle | None = None
+        self, handle: _Handle | None, function: Any, *arguments: Any, event: _Handle | None = None
     ) -> None:
         self.handle = handle
         self.function = function
@@ -1211,10 +1225,11 @@ class _Operation:
 
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
-        _forget_ended()
+        if _under_way:
+            _forget_ended()
         _under_way[self.address] = self.overlapped, self.arguments
-        start = getattr(_kernel32, self.function)
-        error = 0 if start(self.handle, *self.arguments, self.overlapped) else _last_error()
+        started = self.function(self.handle, *self.arguments, self.overlapped)
+        error = 0 if started else _last_error()
         if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
             self._is_started = True
             return 0
@@ -1364,15 +1379,15 @@ class Pipe(io.RawIOBase):
             return self.readall() or b""
         if size == 0 or self._at_end:
             return b""
-        buffer = (ctypes.c_char * min(size, _CHUNK))()
-        error, count = self._run("ReadFile", buffer, len(buffer), None)
+        chunk = _Chunk()
+        error, count = self._run(_kernel32.ReadFile, chunk, min(size, len(chunk)), None)
         if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
             count = 0
         elif error not in (0, ERROR_MORE_DATA):
             raise _exchange_error(error, self.name)
         # A zero-length message is end of file, like the other end's close.
         self._at_end = count == 0 and error != ERROR_MORE_DATA
-        return ctypes.string_at(buffer, count)
+        return ctypes.string_at(chunk, count)
 
     def readinto(self, buffer: Any) -> int:
         """Read into a buffer what there is, or wait for the first of it; 0 is end of file."""
@@ -1430,12 +1445,12 @@ class Pipe(io.RawIOBase):
         return handle
 
     def _send(self, message: bytes) -> int:
-        error, count = self._run("WriteFile", message, len(message), None)
+        error, count = self._run(_kernel32.WriteFile, message, len(message), None)
         if error:
             raise _exchange_error(error, self.name)
         return count
 
-    def _run(self, function: str, *arguments: Any) -> tuple[int, int]:
+    def _run(self, function: Any, *arguments: Any) -> tuple[int, int]:
         """Run an operation to its end; return its Win32 error and its count of bytes.
 
         Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
@@ -1447,15 +1462,13 @@ class Pipe(io.RawIOBase):
         self._operations.append(operation)
         timed_out = False
         try:
-            error = operation.start()
-            if not error:
-                error = ERROR_IO_INCOMPLETE
-                while error in _UNFINISHED:
-                    timed_out = time.monotonic() >= self.deadline
-                    if timed_out or self.closed:
-                        operation.end()
-                    seconds = min(_SLICE, self.deadline - time.monotonic())
-                    error = operation.wait(max(0.0, seconds))
+            error = operation.start() or ERROR_IO_INCOMPLETE
+            while error in _UNFINISHED:
+                seconds = self.deadline - time.monotonic()
+                timed_out = seconds <= 0
+                if timed_out or self.closed:
+                    operation.end()
+                error = operation.wait(min(_SLICE, max(0.0, seconds)))
         finally:
             operation.end()
             operation.release()
@@ -1555,7 +1568,7 @@ def issue_vm_request(
     _check_max_response(max_response)
     message = request.to_json()
     started = time.monotonic()
-    outcome = "done"
+    failure: BaseException | None = None
     try:
         with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:
             response = _exchange(pipe, message, max_response)
@@ -1565,14 +1578,15 @@ def issue_vm_request(
         if response != SHIM_SUCCESS:
             raise _refusal(response, max_response)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {str(error)[:200]}"
+        failure = error
         raise
     finally:
-        milliseconds = (time.monotonic() - started) * 1000
-        _log(
-            *("debug", "%s: %r %s: %s (%.1f ms)", pipe_path, request.id, request.op),
-            *(outcome, milliseconds),
-        )
+        if "logging" in sys.modules:
+            outcome = f"{type(failure).__name__}: {str(failure)[:200]}" if failure else "done"
+            milliseconds = (time.monotonic() - started) * 1000
+            text = "%s: %r %s: %s (%.1f ms)"
+            _log("debug", text, pipe_path, request.id, request.op, outcome, milliseconds)
+        failure = None  # it would keep itself alive, by its traceback
 
 
 def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
@@ -1820,7 +1834,8 @@ def _subkey_names(key: Any) -> list[str]:
 # one completion port. Between the two there are only queues, flags that are set once, and
 # PostQueuedCompletionStatus, which wakes the I/O thread: no locks, so none can be left locked.
 
-_READ_SIZE = 4096
+_RequestChunk = ctypes.c_char * 4096
+"""The buffer in which each client's request is awaited."""
 _STOP_GRACE = 0.5
 """How long a server that stops gives its clients to take their responses, in seconds."""
 _RETRY_SECONDS = 0.1
@@ -2341,7 +2356,7 @@ class _Service:
 
     def _converse(self, client: _Client) -> _Task:
         """Talk with a client, from its connection to its response."""
-        error, _ = yield _Operation(client.handle, "ConnectNamedPipe")
+        error, _ = yield _Operation(client.handle, _kernel32.ConnectNamedPipe)
         if self._offered is client:
             self._offered = None
         if error not in (0, ERROR_PIPE_CONNECTED):
@@ -2395,16 +2410,18 @@ class _Service:
             left -= len(data)
 
     def _read(self, client: _Client) -> Generator[_Operation, Any, bytes]:
-        buffer = (ctypes.c_char * _READ_SIZE)()
-        error, count = yield _Operation(client.handle, "ReadFile", buffer, len(buffer), None)
+        chunk = _RequestChunk()
+        read = _Operation(client.handle, _kernel32.ReadFile, chunk, len(chunk), None)
+        error, count = yield read
         if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
             return b""
         if error not in (0, ERROR_MORE_DATA):
             raise _exchange_error(error, self._server.pipe_path)
-        return ctypes.string_at(buffer, count)
+        return ctypes.string_at(chunk, count)
 
     def _write(self, client: _Client, data: bytes) -> Generator[_Operation, Any, None]:
-        error, _ = yield _Operation(client.handle, "WriteFile", data, len(data), None)
+        write = _Operation(client.handle, _kernel32.WriteFile, data, len(data), None)
+        error, _ = yield write
         if error:
             raise _exchange_error(error, self._server.pipe_path)
 
