@@ -34,6 +34,7 @@ are the limits, in bytes, of what a server and a client read.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import io
@@ -1208,7 +1209,7 @@ class _Operation:
 
     __slots__ = (
         *("_is_started", "address", "arguments", "count", "event", "function", "handle"),
-        "overlapped",
+        *("overlapped", "thread"),
     )
 
     def __init__(
@@ -1221,6 +1222,7 @@ class _Operation:
         self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)
         self.address = ctypes.addressof(self.overlapped)
         self.count = DWORD()
+        self.thread = _thread.get_ident()
         self._is_started = False
 
     def start(self) -> int:
@@ -1286,14 +1288,13 @@ class _Flush:
         from queue import SimpleQueue
 
         self._handle: _Handle | None = handle
+        self.thread = _thread.get_ident()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._begun = False
         self._done = False
         self._cancelled = False
 
     def start(self) -> None:
-        import _thread
-
         _thread.start_new_thread(self._flush, ())
 
     def _flush(self) -> None:
@@ -1318,6 +1319,9 @@ class _Flush:
             # Again and again, because the thread may not have called FlushFileBuffers yet.
             _kernel32.CancelIoEx(self._handle, None)
             self.wait(0.01)
+
+    def release(self) -> None:
+        """Give the handle back."""
         self._handle = None
 
 
@@ -1435,6 +1439,9 @@ class Pipe(io.RawIOBase):
         super().close()
         for operation in list(self._operations):
             operation.end()
+            # Ctrl-C has kept _run() from doing so. What another thread runs still needs its handle.
+            if operation.thread == _thread.get_ident():
+                operation.release()
         # The last reference: this closes the handle.
         self._handle = None
 
@@ -1904,8 +1911,6 @@ class VMShimServer:
         it returns at once. Raises ValueError if the server is closed, RuntimeError if it is serving
         already or if no thread can be started.
         """
-        import _thread
-
         if self._closed:
             raise ValueError("the server is closed")
         service = _Service(self)
@@ -2064,12 +2069,11 @@ class _Service:
     """
 
     def __init__(self, server: VMShimServer) -> None:
-        from _thread import get_ident
         from collections import OrderedDict, deque
         from queue import SimpleQueue
 
         self._server = server
-        self._handler_thread = get_ident()
+        self._handler_thread = _thread.get_ident()
         self._requests: SimpleQueue[_Client | None] = SimpleQueue()
         self._responses: SimpleQueue[tuple[_Client, bytes]] = SimpleQueue()
         # What the I/O thread wants logged: logging may block, and belongs into the other thread.
@@ -2102,8 +2106,13 @@ class _Service:
                 self._responses.put((client, self._call_handler(client.request)))
                 self._wake()
         self._write_notes()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                # Its traceback is in the log. Here it would keep handles open.
+                raise failure.with_traceback(None)
+        finally:
+            del failure
 
     def leave_handler(self) -> None:
         """Tell the I/O thread that the handler isn't called any more."""
@@ -2112,10 +2121,8 @@ class _Service:
 
     def stop(self) -> None:
         """Have the I/O thread stop, and wait for its end unless the handler calls this."""
-        from _thread import get_ident
-
         self._wake()
-        if get_ident() == self._handler_thread:
+        if _thread.get_ident() == self._handler_thread:
             if self._is_in_handler():
                 return
             # Two Ctrl-C in a row may have ended serve_forever() before it could say so.
@@ -2168,7 +2175,8 @@ class _Service:
             if self._handler_has_left:
                 return
             if server._serving.setdefault("service", self) is not self:
-                raise RuntimeError("the server is serving already")
+                self._failure = RuntimeError("the server is serving already")
+                return
             try:
                 self._port = _create_port()
                 self._serve()
@@ -2176,11 +2184,15 @@ class _Service:
                 for operation, *_ in self._operations.values():
                     operation.end()  # only after a bug is there any
                 self._clients.clear()
+                self._port = None
                 server._stopping = False
                 if server._closed:
                     server._listener.close()
                 server._serving.clear()
-        except BaseException as error:
+        except Exception as error:
+            import traceback
+
+            self._notes.append(("error", "the I/O thread has failed: %s", traceback.format_exc()))
             self._failure = error
         finally:
             self._has_ended = True
@@ -2192,7 +2204,10 @@ class _Service:
             if self._must_stop():
                 self._begin_to_stop()
             while early and not self._is_stopping:
-                self._admit(early.popleft())
+                try:
+                    self._admit(early.popleft())
+                except OSError as error:
+                    self._notes.append(("error", "a client can't be let in: %s", str(error)))
             self._deliver_responses()
             self._cut_off_late_clients()
             self._open_or_close_the_door()
@@ -2866,7 +2881,6 @@ def _handshake(make_server: Callable[[], VMShimServer]) -> VMShimServer:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    import _thread
     import uuid
 
     def carry_out(request: VMRequest) -> None:
@@ -2910,8 +2924,6 @@ class _WaitDisplay:
     def start(self) -> None:
         """Start to count, in a thread."""
         if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
-            import _thread
-
             _thread.start_new_thread(self._count, ())
 
     def stop(self) -> None:
