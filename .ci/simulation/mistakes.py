@@ -63,8 +63,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a deadline ends an operation",
-        "timed_out = time.monotonic() >= self.deadline",
-        "timed_out = False",
+        "                timed_out = seconds <= 0\n",
+        "                timed_out = False\n",
     ),
     Mistake(
         "each operation at a time has a signal of its own",
@@ -102,8 +102,9 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "close() closes the handle though a flush has failed",
-        "            self.wait(0.01)\n        self._handle = None\n",
-        "            self.wait(0.01)\n",
+        "            if operation.thread == _thread.get_ident():\n"
+        "                operation.release()\n",
+        "",
     ),
     Mistake(
         "close() closes the handle",
@@ -208,8 +209,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "shutdown() wakes the I/O thread",
-        "        from _thread import get_ident\n\n        self._wake()\n",
-        "        from _thread import get_ident\n\n",
+        'unless the handler calls this."""\n        self._wake()\n',
+        'unless the handler calls this."""\n',
     ),
     Mistake(
         "close() in the handler doesn't wait for itself",

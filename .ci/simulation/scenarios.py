@@ -721,6 +721,7 @@ def _add_client(run: Run, number: int, start: float | None = None) -> None:
     run.peers.append(task)
 
 
+_SERVING = frozenset(("serve_forever", "run_handler", "_get", "_call_handler", "_wake"))
 # Where a Ctrl-C, mostly the second, may leave something for close() to do.
 _CLEANING_UP = frozenset(("join", "leave_handler", "stop", "shutdown", "close", "__exit__"))
 
@@ -823,8 +824,9 @@ class ServerProcess:
 
     def _check_interrupted(self, error: KeyboardInterrupt) -> None:
         """One Ctrl-C ends serve_forever() in time, and with it the other thread."""
-        names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if "serve_forever" not in names or names & _CLEANING_UP:
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        vmshims = [name for name in names if name in _SERVING]
+        if not vmshims or vmshims[-1] == "serve_forever" or _CLEANING_UP.intersection(names):
             return
         scheduler = self.run.scheduler
         took = scheduler.now - scheduler.current.interrupted_at
