@@ -442,7 +442,7 @@ class Kernel:
         found = process.handles.get(value)
         if isinstance(found, kind):
             return found
-        if not value and function == "CancelIoEx":
+        if not value and function in ("CancelIoEx", "PostQueuedCompletionStatus"):
             return None  # does nothing
         if self.strict:
             state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"

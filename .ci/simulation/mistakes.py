@@ -48,8 +48,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a wait that ran out is no end",
-        "_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)",
-        "_UNFINISHED = (ERROR_IO_INCOMPLETE,)",
+        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)",
+        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE)",
     ),
     Mistake(
         "however it is left, an operation is ended",
@@ -68,15 +68,13 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "each operation at a time has a signal of its own",
-        "        if not self._operations:\n            return None\n        event",
-        "        if self is not None:\n            return None\n        event",
+        "            if self._operations[0] is not operation:\n",
+        "            if self.closed:\n",
     ),
     Mistake(
         "each operation has an OVERLAPPED of its own",
-        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and "
-        "event.value)\n",
-        "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n"
-        "        self.overlapped.hEvent = event and event.value\n",
+        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)\n",
+        "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n",
     ),
     Mistake(
         "the buffer lives as long as the operation",

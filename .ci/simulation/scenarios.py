@@ -721,6 +721,10 @@ def _add_client(run: Run, number: int, start: float | None = None) -> None:
     run.peers.append(task)
 
 
+def _ignore(process: Process, instance: Instance) -> None:
+    """Nobody counts the clients any more."""
+
+
 _SERVING = frozenset(("serve_forever", "run_handler", "_get", "_call_handler", "_wake"))
 # Where a Ctrl-C, mostly the second, may leave something for close() to do.
 _CLEANING_UP = frozenset(("join", "leave_handler", "stop", "shutdown", "close", "__exit__"))
@@ -776,6 +780,7 @@ class ServerProcess:
 
     def _begin_again(self, module: dict[str, Any]) -> None:
         """The name is free for the next server."""
+        self.run.kernel.on_open = _ignore
         self.run.scheduler.current.interrupts = []
         try:
             module["VMShimServer"](PATH, self._handler).close()
