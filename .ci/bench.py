@@ -514,6 +514,8 @@ def main() -> None:
         [options.wheel + part for part in ("", r"\win32", r"\win32\lib")] if options.wheel else []
     )
     sys.path += paths
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="utf-8")
     if options.profile:
         with Server(instances=4) as server:
             bench_profile.profile(
@@ -528,8 +530,6 @@ def main() -> None:
         return options.only in ("", part)
 
     started = time.monotonic()
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(encoding="utf-8")
     if wanted("requests"):
         rows += measure_requests(options.rounds)
     if wanted("processes"):

@@ -16,7 +16,8 @@ class TimedFunctions:
 
     def __init__(self) -> None:
         self.real = vmshim._kernel32
-        self.calls: list[tuple[str, tuple[Any, ...], float]] = []
+        self.seconds: dict[str, list[float]] = {}
+        self.arguments: dict[str, tuple[Any, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.real, name)
@@ -24,7 +25,11 @@ class TimedFunctions:
         def call(*arguments: Any) -> Any:
             started = time.perf_counter()
             result = function(*arguments)
-            self.calls.append((name, arguments, time.perf_counter() - started))
+            self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+            # A handle by its number: we must not keep it open.
+            self.arguments[name] = tuple(
+                each.value if isinstance(each, ctypes.c_void_p) else each for each in arguments
+            )
             return result
 
         setattr(self, name, call)
@@ -94,26 +99,30 @@ class LineTimer:
 
 def profile(call: Callable[[], object], rounds: int) -> None:
     """Print where a call's time goes: in sum, by Win32 function, and line by line."""
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    whole = statistics.median(seconds)
-    functions = time_functions(call, rounds)
     lines = LineTimer()
     for _ in range(rounds):
         lines.run(call)
+    functions = TimedFunctions()
+    samples = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - started)
+        setattr(vmshim, "_kernel32", functions)
+        try:
+            call()
+        finally:
+            setattr(vmshim, "_kernel32", functions.real)
+    whole = statistics.median(samples)
 
     print(f"A call takes {whole * 1e6:.0f} µs; of that in the functions of kernel32:\n")
     print("| function | calls | kernel, µs | ctypes conversion, µs |")
     print("| --- | --- | --- | --- |")
     kernel = conversion = 0.0
-    for name in sorted({name for name, _, _ in functions.calls}):
-        calls = [call for call in functions.calls if call[0] == name]
-        count = len(calls) / rounds
-        converting = conversion_time(name, calls[0][1]) * count
-        inside = statistics.median(seconds for _, _, seconds in calls) * count - converting
+    for name, seconds in functions.seconds.items():
+        count = len(seconds) / rounds
+        converting = conversion_time(name, functions.arguments[name]) * count
+        inside = statistics.median(seconds) * count - converting
         kernel, conversion = kernel + inside, conversion + converting
         print(f"| {name} | {count:.1f} | {inside * 1e6:.1f} | {converting * 1e6:.1f} |")
     rest = whole - kernel - conversion
@@ -123,13 +132,3 @@ def profile(call: Callable[[], object], rounds: int) -> None:
         "Line by line, less what the tracing takes. A line that calls Windows waits for it, too:\n"
     )
     lines.print()
-
-
-def time_functions(call: Callable[[], object], rounds: int) -> TimedFunctions:
-    from unittest import mock  # it imports logging, and then vmshim logs
-
-    functions = TimedFunctions()
-    with mock.patch.object(vmshim, "_kernel32", functions):
-        for _ in range(rounds):
-            call()
-    return functions
