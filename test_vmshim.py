@@ -3969,7 +3969,7 @@ def life_of_a_server(peer: Peer) -> None:
             raise ShimError("no")
         if request.id == "failing":
             raise ZeroDivisionError
-        if request.id == "last":
+        if request.id == "last" and server:
             server.shutdown()
 
     def be_client(kind: str) -> None:
@@ -3989,6 +3989,7 @@ def life_of_a_server(peer: Peer) -> None:
             left.put(kind)
 
     begun = []
+    server = None
     try:
         with VMShimServer(path, handle) as server:
             for kind in kinds:
@@ -3996,8 +3997,10 @@ def life_of_a_server(peer: Peer) -> None:
                 _thread.start_new_thread(be_client, (kind,))
             server.serve_forever()
     finally:
-        # Every client that has begun gets its end, without help.
         sys.settrace(None)
+        if server:
+            server.close()  # Ctrl-C may have come in the middle of it
+        # Every client that has begun gets its end, without help.
         for _ in begun:
             left.get(timeout=LONG)
         with VMShimServer(path, handle):
