@@ -3637,6 +3637,20 @@ assert "logging" not in sys.modules
             self.assertEqual(process.communicate(timeout=LONG), (b"", b""))
         self.assertEqual(process.returncode, 0)
 
+    def test_import_and_one_request_load_no_more_modules_than_these(self) -> None:
+        self.start_server(lambda request: None)
+        code = f"""
+import __future__, _thread, collections, ctypes, enum, errno, io, math, os, sys, time
+loaded = set(sys.modules)
+sys.path.insert(0, {HERE!r})
+import vmshim
+vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"))
+print(*set(sys.modules) - loaded)
+"""
+        with start_python(code) as process:
+            output, errors = process.communicate(timeout=LONG)
+        self.assertEqual((output.split(), errors), ([b"vmshim"], b""))
+
 
 # ---- Input at random ----------------------------------------------------------------------------
 
