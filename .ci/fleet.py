@@ -29,6 +29,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -36,11 +37,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import under_wine
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import vmshim  # the one beside us, wherever we are started
 
+ROOT = os.path.dirname(os.path.abspath(vmshim.__file__))
 ANSIBLE = "ansible-core==2.19.14"
 PACKAGES = {"openssh-server": "/usr/sbin/sshd", "pssh": "/usr/bin/parallel-ssh"}
 CONTAINER = "my-container"
@@ -55,21 +56,23 @@ class Shim(NamedTuple):
     behaviour: str
     outcomes: list[str]
     carried_out: int
+    listed: list[str]
+    """What `list` says of the containers there, before any request."""
 
 
-SERVING = Shim("serving", ["done"], 1)
+SERVING = Shim("serving", ["done"], 1, ["free"])
 SHIMS = [
+    Shim("host is down", ["no line"], 0, []),
     SERVING,
-    Shim("absent, then serving", ["not-sent", "done"], 1),
+    Shim("absent, then serving", ["not-sent", "done"], 1, ["absent"]),
     SERVING,
-    Shim("busy, then serving", ["not-sent", "done"], 1),
+    Shim("busy, then serving", ["not-sent", "done"], 1, ["busy"]),
     SERVING,
-    Shim("refusing", ["refused"], 0),
-    Shim("dying before it is done", ["unknown"], 0),
-    Shim("dying after it is done", ["unknown"], 1),
-    Shim("slow", ["unknown"], 1),
-    Shim("without the container", ["not-sent", "not-sent"], 0),
-    Shim("host is down", ["no line"], 0),
+    Shim("refusing", ["refused"], 0, ["free"]),
+    Shim("dying before it is done", ["unknown"], 0, ["free"]),
+    Shim("dying after it is done", ["unknown"], 1, ["free"]),
+    Shim("slow", ["unknown"], 1, ["free"]),
+    Shim("without the container", ["not-sent", "not-sent"], 0, []),
     SERVING,
 ]
 
@@ -136,7 +139,7 @@ def register_container(vm: uuid.UUID) -> None:
 
 
 class Host:
-    """An sshd in namespaces of its own; `python` there is a Windows Python with its own registry."""
+    """An sshd in namespaces of its own, and a `python` that is Windows', with a registry and pipes."""
 
     def __init__(self, name: str, shim: Shim, folder: str) -> None:
         self.name = name
@@ -155,7 +158,7 @@ class Host:
         copy_cache(cache, own_cache)
         python = os.path.join(self.folder, "bin", "python")
         command = shlex.join([under_wine.WINE_PYTHON, "--python", under_wine.VERSION])
-        write(python, f"#!/bin/sh\nVMSHIM_CACHE={shlex.quote(own_cache)} exec {command} \"$@\"\n")
+        write(python, f'#!/bin/sh\nVMSHIM_CACHE={shlex.quote(own_cache)} exec {command} "$@"\n')
         os.chmod(python, 0o755)
         # The login shell may set a PATH of its own, hence the forced command.
         path = shlex.quote(f"{os.path.dirname(python)}:/usr/bin:/bin")
@@ -176,12 +179,12 @@ MaxStartups 100
 ForceCommand PATH={path} exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
 """,
         )
-        # When the first process of the namespaces is killed, the kernel kills all others there.
-        namespaces = "unshare --uts --pid --mount-proc --fork --kill-child"
+        # If we end, the kernel kills the first process of the host, and with it all the others.
+        namespaces = ["unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"]
         script = f"hostname {self.name}; exec /usr/sbin/sshd -D -e -f {shlex.quote(config)}"
         with open(os.path.join(self.folder, "sshd.log"), "wb") as log:
             self.sshd = subprocess.Popen(
-                [*"setpriv --pdeathsig KILL".split(), *namespaces.split(), "sh", "-c", script],
+                ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -339,19 +342,25 @@ def run(command: list[str], **options: Any) -> str:
         **options,
     )
     try:
-        return process.communicate(timeout=LONG)[0]
+        said: str = process.communicate(timeout=LONG)[0]
+        return said
     finally:
-        if process.poll() is None:
+        if process.poll() is None and sys.platform != "win32":
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def run_parallel_ssh(fleet: Fleet, names: list[str], outcomes: str) -> str:
     """Send the request to these hosts by parallel-ssh."""
+    return run_everywhere(fleet, names, outcomes, f"{REQUEST} --json")
+
+
+def run_everywhere(fleet: Fleet, names: list[str], outcomes: str, arguments: str) -> str:
+    """Run vmshim.py with some arguments on these hosts, by parallel-ssh."""
     write(os.path.join(fleet.folder, "these"), "".join(f"{name}\n" for name in names))
     options = ["-h", "these", "-p", "4", "-t", "0", "-I", "-x", "-F ssh_config", "-o", outcomes]
-    command = ["/usr/bin/parallel-ssh", *options, f"python -I - {REQUEST} --json"]
     with open(os.path.join(ROOT, "vmshim.py"), "rb") as file:
+        command = ["/usr/bin/parallel-ssh", *options, f"python -I - {arguments}"]
         return run(command, cwd=fleet.folder, stdin=file)
 
 
@@ -375,7 +384,12 @@ def run_ansible(fleet: Fleet, names: list[str], outcomes: str) -> str:
         "ANSIBLE_SSH_ARGS": f"-F {fleet.folder}/ssh_config",
         "LC_ALL": "C.UTF-8",
     }
-    variables = {"request": REQUEST, "batch": 5, "ansible_python_interpreter": sys.executable}
+    # All hosts of the first batch, the one that is down, can't be reached. The others must follow.
+    variables = {
+        "request": REQUEST,
+        "batch": [1, 5],
+        "ansible_python_interpreter": sys.executable,
+    }
     options = ["-i", f"{fleet.folder}/hosts", "-f", "4", "--limit", "@again"]
     command = [*fleet.ansible, *options, "-e", json.dumps(variables), "vmshim.yml"]
     return run(command, cwd=folder, stdin=subprocess.DEVNULL, env=environment)
@@ -387,13 +401,14 @@ ENGINES = {"parallel-ssh": run_parallel_ssh, "ansible": run_ansible}
 # ---- The books ----------------------------------------------------------------------------------
 
 
-def read_row(path: str) -> dict[str, Any]:
-    """Return the JSON line of a host, or one that says that there is none."""
+NO_LINE = {"host": None, "outcome": "no line", "status": None, "retry": False, "error": None}
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Return the JSON lines that a host has left."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
-        for line in file:
-            row: dict[str, Any] = json.loads(line)
-            return row
-    return {"host": None, "outcome": "no line", "status": None, "retry": False, "error": None}
+        return [json.loads(line) for line in file]
+    return []
 
 
 def run_engine(engine: str, fleet: Fleet, hosts: list[Host], results: str) -> list[str]:
@@ -409,7 +424,8 @@ def run_engine(engine: str, fleet: Fleet, hosts: list[Host], results: str) -> li
             said = send(fleet, names, outcomes)
             write(os.path.join(os.path.dirname(outcomes), "log"), said)
             for name in names:
-                rows[name].append(read_row(os.path.join(outcomes, name)))
+                [row] = read_rows(os.path.join(outcomes, name)) or [NO_LINE]
+                rows[name].append(row)
             seconds = time.monotonic() - started
             print(f"\n{engine}, round {number}: {len(names)} hosts, {seconds:.0f} s")
             print_table(
@@ -448,10 +464,10 @@ def run_engine(engine: str, fleet: Fleet, hosts: list[Host], results: str) -> li
 
 
 def row_cells(row: dict[str, Any]) -> list[Any]:
-    error = row["error"] or "-"
-    status = "-" if row["status"] is None else row["status"]
     # The path of a pipe is long, and differs from run to run.
-    return [row["outcome"], status, row["retry"], re.sub(r"^\\\\\S+: ", "", error)]
+    error = re.sub(r"^\\\\\S+: ", "", row["error"] or "-")
+    status = "-" if row["status"] is None else row["status"]
+    return [row["outcome"], status, row["retry"], textwrap.shorten(error, 60, placeholder=" ...")]
 
 
 def find_faults(
@@ -482,20 +498,23 @@ def print_table(heads: list[str], rows: list[list[Any]]) -> None:
     sys.stdout.flush()
 
 
-def print_containers(fleet: Fleet) -> None:
-    """Show what `list --json-lines` says on all hosts, joined."""
+def list_containers(fleet: Fleet, hosts: list[Host]) -> list[str]:
+    """Ask all hosts for their containers, and print the answers joined; return what went wrong."""
     outcomes = os.path.join(fleet.folder, "containers")
-    options = ["-h", "hosts", "-p", "4", "-t", "0", "-I", "-x", "-F ssh_config", "-o", outcomes]
-    with open(os.path.join(ROOT, "vmshim.py"), "rb") as file:
-        command = ["/usr/bin/parallel-ssh", *options, "python -I - list --json-lines"]
-        run(command, cwd=fleet.folder, stdin=file)
-    rows = [
-        json.loads(line)
-        for name in sorted(os.listdir(outcomes))
-        for line in open(os.path.join(outcomes, name), encoding="ascii")
-    ]
-    print("\nlist --json-lines, of all hosts")
-    print_table(["host", "id", "vm_shim"], [[row["host"], row["id"], row["vm_shim"]] for row in rows])
+    with running_shims(hosts):
+        run_everywhere(fleet, [host.name for host in hosts], outcomes, "list --json-lines")
+    print("\nlist --json-lines: all hosts")
+    wrong = []
+    table = []
+    for host in hosts:
+        rows = read_rows(os.path.join(outcomes, host.name))
+        table += [[row["host"], row["id"], host.shim.behaviour, row["vm_shim"]] for row in rows]
+        if [row["vm_shim"] for row in rows] != host.shim.listed:
+            wrong.append(f"list: {host.name}, {host.shim.behaviour}: not {host.shim.listed}")
+        if host.sshd and host.shim_said("received"):
+            wrong.append(f"list: {host.name}: a request was sent")
+    print_table(["host", "id", "shim", "vm_shim"], table)
+    return wrong
 
 
 # ---- What has to be there -----------------------------------------------------------------------
@@ -537,7 +556,7 @@ def install_ansible(cache: str) -> list[str]:
 
 
 def main(engines: list[str]) -> int:
-    if os.geteuid() != 0:
+    if sys.platform == "win32" or os.geteuid() != 0:
         print(f"fleet.py needs root; and apt-get install {' '.join(PACKAGES)}", file=sys.stderr)
         return 2
     started = time.monotonic()
@@ -552,10 +571,9 @@ def main(engines: list[str]) -> int:
         fleet = Fleet(folder, ansible)
         with running_hosts(folder, cache) as hosts:
             print(f"{sum(host.sshd is not None for host in hosts)} of {len(hosts)} hosts are up")
-            wrong = [
-                fault for engine in engines for fault in run_engine(engine, fleet, hosts, results)
-            ]
-            print_containers(fleet)
+            wrong = list_containers(fleet, hosts)
+            for engine in engines:
+                wrong += run_engine(engine, fleet, hosts, results)
     for fault in wrong:
         print("WRONG:", fault)
     seconds = time.monotonic() - started
@@ -564,7 +582,9 @@ def main(engines: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--engine", choices=[*ENGINES], help="only this one")
     parser.add_argument("--shim", help=argparse.SUPPRESS)
     options = parser.parse_args()
