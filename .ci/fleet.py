@@ -139,7 +139,7 @@ def register_container(vm: uuid.UUID) -> None:
 
 
 class Host:
-    """An sshd in namespaces of its own, and a `python` that is Windows', with a registry and pipes."""
+    """An sshd in namespaces of its own; `python` there is Windows', with its own registry."""
 
     def __init__(self, name: str, shim: Shim, folder: str) -> None:
         self.name = name
@@ -232,6 +232,11 @@ ForceCommand PATH={path} exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
 
     def stop(self) -> None:
         """End the host, and all that runs there."""
+        if self.sshd:
+            # unshare waits for the host's first process, which is the last one there to end.
+            subprocess.run(["pkill", "-KILL", "-P", str(self.sshd.pid)], check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.sshd.wait(10)
         for process in self.shim_process, self.sshd:
             if process:
                 process.kill()
@@ -345,9 +350,8 @@ def run(command: list[str], **options: Any) -> str:
         said: str = process.communicate(timeout=LONG)[0]
         return said
     finally:
-        if process.poll() is None and sys.platform != "win32":
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process.poll() is None:
+            kill_group(process)
 
 
 def run_parallel_ssh(fleet: Fleet, names: list[str], outcomes: str) -> str:
@@ -393,6 +397,12 @@ def run_ansible(fleet: Fleet, names: list[str], outcomes: str) -> str:
     options = ["-i", f"{fleet.folder}/hosts", "-f", "4", "--limit", "@again"]
     command = [*fleet.ansible, *options, "-e", json.dumps(variables), "vmshim.yml"]
     return run(command, cwd=folder, stdin=subprocess.DEVNULL, env=environment)
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    if sys.platform != "win32":
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 ENGINES = {"parallel-ssh": run_parallel_ssh, "ansible": run_ansible}
