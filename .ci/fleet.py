@@ -11,8 +11,8 @@ shim is started and the busy one is free, and the second round goes to those hos
 says `"retry": true`. Then what the hosts were told is compared with what the shims carried out. The
 exit status is 1 if anything was lost, done twice, or ended in another way than it should.
 
-Missing packages (openssh-server, pssh) are installed; Ansible goes into wine-python's cache. The
-hosts end with this script, however it ends.
+Missing Debian packages are installed; Ansible goes into wine-python's cache. The hosts, and what
+runs there, end with this script, however it ends. wine-python's own wineserver goes on, as always.
 """
 
 from __future__ import annotations
@@ -43,9 +43,19 @@ import vmshim  # the one beside us, wherever we are started
 
 ROOT = os.path.dirname(os.path.abspath(vmshim.__file__))
 ANSIBLE = "ansible-core==2.19.14"
-PACKAGES = {"openssh-server": "/usr/sbin/sshd", "pssh": "/usr/bin/parallel-ssh"}
+PACKAGES = {
+    "openssh-server": "/usr/sbin/sshd",
+    "procps": "/usr/bin/pkill",
+    "pssh": "/usr/bin/parallel-ssh",
+}
 CONTAINER = "my-container"
 REQUEST = f"unmount {CONTAINER} --timeout 10"
+# Runs a command in namespaces of its own. If this script ends, or the command does, then the kernel
+# kills all that was started there.
+ISOLATED = [
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"),
+]
 SLOW = 20.0  # seconds; longer than the request's timeout
 LONG = 300.0  # seconds; longer than anything takes, unless it hangs
 
@@ -160,7 +170,7 @@ class Host:
         command = shlex.join([under_wine.WINE_PYTHON, "--python", under_wine.VERSION])
         write(python, f'#!/bin/sh\nVMSHIM_CACHE={shlex.quote(own_cache)} exec {command} "$@"\n')
         os.chmod(python, 0o755)
-        # The login shell may set a PATH of its own, hence the forced command.
+        # The login shell must not find root's own files, nor set a PATH of its own.
         path = shlex.quote(f"{os.path.dirname(python)}:/usr/bin:/bin")
         config = os.path.join(self.folder, "sshd_config")
         write(
@@ -176,15 +186,14 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 MaxStartups 100
+SetEnv "HOME={self.folder}"
 ForceCommand PATH={path} exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
 """,
         )
-        # If we end, the kernel kills the first process of the host, and with it all the others.
-        namespaces = ["unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"]
         script = f"hostname {self.name}; exec /usr/sbin/sshd -D -e -f {shlex.quote(config)}"
         with open(os.path.join(self.folder, "sshd.log"), "wb") as log:
             self.sshd = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-c", script],
+                [*ISOLATED, "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -233,14 +242,22 @@ ForceCommand PATH={path} exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"
     def stop(self) -> None:
         """End the host, and all that runs there."""
         if self.sshd:
-            # unshare waits for the host's first process, which is the last one there to end.
-            subprocess.run(["pkill", "-KILL", "-P", str(self.sshd.pid)], check=False)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.sshd.wait(10)
-        for process in self.shim_process, self.sshd:
-            if process:
-                process.kill()
-                process.wait()
+            end_isolated(self.sshd)
+        if self.shim_process:
+            self.shim_process.kill()
+            self.shim_process.wait()
+
+
+def end_isolated(process: subprocess.Popen[Any]) -> None:
+    """End a command that was started ISOLATED, and all that it has started."""
+    if process.poll() is not None:
+        return
+    # unshare waits for the first process there, which is the last one to end.
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    process.kill()
+    process.wait()
 
 
 def free_port() -> int:
@@ -338,7 +355,7 @@ class Fleet(NamedTuple):
 def run(command: list[str], **options: Any) -> str:
     """Run a command and return what it printed; it is stopped if we are."""
     process = subprocess.Popen(
-        command,
+        [*ISOLATED, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -350,8 +367,7 @@ def run(command: list[str], **options: Any) -> str:
         said: str = process.communicate(timeout=LONG)[0]
         return said
     finally:
-        if process.poll() is None:
-            kill_group(process)
+        end_isolated(process)
 
 
 def run_parallel_ssh(fleet: Fleet, names: list[str], outcomes: str) -> str:
@@ -397,12 +413,6 @@ def run_ansible(fleet: Fleet, names: list[str], outcomes: str) -> str:
     options = ["-i", f"{fleet.folder}/hosts", "-f", "4", "--limit", "@again"]
     command = [*fleet.ansible, *options, "-e", json.dumps(variables), "vmshim.yml"]
     return run(command, cwd=folder, stdin=subprocess.DEVNULL, env=environment)
-
-
-def kill_group(process: subprocess.Popen[Any]) -> None:
-    if sys.platform != "win32":
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 ENGINES = {"parallel-ssh": run_parallel_ssh, "ansible": run_ansible}
