@@ -31,7 +31,6 @@ import logging
 import math
 import os
 import pickle
-import queue
 import random
 import re
 import subprocess
