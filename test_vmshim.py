@@ -3837,7 +3837,7 @@ class FuzzedServerTest(ServerCase):
 TRACED = {"vmshim.py", "threading.py", "queue.py"}
 
 PEER = """
-import sys, time, _thread
+import os, sys, time, _thread
 sys.path.insert(0, sys.argv[1])
 import vmshim
 
@@ -3851,6 +3851,7 @@ for name, handler in handlers.items():
 busy = vmshim.VMShimServer(sys.argv[2] + "busy", print)
 print("ready", flush=True)
 sys.stdin.read()
+os._exit(0)
 """
 
 
