@@ -1143,7 +1143,7 @@ _NOT_STARTED = 1
 """Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
 
 _under_way: dict[int, tuple[OVERLAPPED, object]] = {}
-"""What Windows may still write to, by the address of its OVERLAPPED. This keeps the memory, whatever
+"""What Windows may still write to, by the address of its OVERLAPPED. It keeps the memory, whatever
 Ctrl-C cuts short."""
 
 
@@ -1379,7 +1379,7 @@ class Pipe(io.RawIOBase):
         Operations of other threads raise ValueError. If Ctrl-C interrupts this, call it again.
         """
         super().close()
-        for operation in self._operations:
+        for operation in list(self._operations):
             operation.end()
         # The last reference: this closes the handle.
         self._handle = None
