@@ -34,6 +34,7 @@ are the limits, in bytes, of what a server and a client read.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import io
@@ -41,27 +42,60 @@ import math
 import os
 import sys
 import time
-import uuid
-from datetime import datetime, timedelta, timezone
+from collections import namedtuple
 from enum import Enum
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Tuple
 
 # Modules that a plain request does not need are imported inside functions: they are slow to load.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    import uuid
     from collections import OrderedDict, deque
+    from datetime import datetime
     from queue import SimpleQueue
     from types import FrameType, TracebackType
-    from typing import Callable, Generator, NoReturn, Optional, Protocol, Sequence
+    from typing import (
+        Any,
+        Callable,
+        Generator,
+        List,
+        Mapping,
+        NamedTuple,
+        NoReturn,
+        Optional,
+        Protocol,
+        Sequence,
+        Tuple,
+    )
 
     class Readable(Protocol):
         """What check_shim_response() reads: a pipe, a file, a BytesIO."""
 
         def read(self, size: int, /) -> bytes | None: ...
 
+    _Pairs = List[Tuple[str, Any]]
     _Task = Generator[Optional["_Operation"], Any, None]
+else:
+    _Pairs = list
+
+    class _NamedTupleType(type):
+        """Makes what typing.NamedTuple makes; importing typing takes longer than all the others."""
+
+        def __new__(mcs, name, bases, namespace):
+            fields = namespace["__annotations__"]
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            base = namedtuple(name, fields, defaults=defaults)
+
+            def create(cls, *values, **more):
+                record = base.__new__(cls, *values, **more)
+                made = (value.make() if type(value) is _Made else value for value in record)
+                return tuple.__new__(cls, made)
+
+            create.__wrapped__ = base.__new__  # help() shows its arguments
+            return type(name, (base,), {"__slots__": (), "__new__": create, **namespace})
+
+    NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
 
 __version__ = "0.2.0"
@@ -101,6 +135,22 @@ __all__ = [
     "shim_pipe_path",
     "vm_pipe_path",
 ]
+
+
+class _Made:
+    """A default of a named tuple that is made when it is needed."""
+
+    def __init__(self, make: Callable[[], object], text: str) -> None:
+        self.make = make
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _default(make: Callable[[], object], text: str) -> Any:
+    """Return a default that type checkers take for any type; `text` stands for it in help()."""
+    return _Made(make, text)
 
 
 # ---- Names and paths ----------------------------------------------------------------------------
@@ -160,6 +210,8 @@ def _path_unescape(name: str) -> str:
 
 
 def _parse_guid(guid: uuid.UUID | str) -> uuid.UUID:
+    import uuid
+
     if isinstance(guid, uuid.UUID):
         return guid
     _check_text("GUID", guid)
@@ -231,18 +283,31 @@ class VMShimError(Exception):
 class ShimError(VMShimError):
     """The shim refused the request; str() gives its error text. A server's handler raises it, too.
 
-    `message` is the text as it came, `response` the bytes of the response, and `exit_code` that of
-    the shim's process where check_shim_response() was given one, otherwise None.
+    `response` is the bytes of the response, and `exit_code` that of the shim's process where
+    check_shim_response() was given one, otherwise None. Without a `message` the text is the
+    response, decoded whenever it is asked for: a long one is held only once.
     """
 
-    def __init__(self, message: str, response: bytes = b"", exit_code: int | None = None) -> None:
+    def __init__(
+        self, message: str | None, response: bytes = b"", exit_code: int | None = None
+    ) -> None:
         super().__init__(message, response, exit_code)
-        self.message = message
+        self._message = message
         self.response = response
         self.exit_code = exit_code
 
+    @property
+    def message(self) -> str:
+        """The text as it came."""
+        if self._message is None:
+            return self.response.decode("utf-8", "replace")
+        return self._message
+
     def __str__(self) -> str:
         return self.message.rstrip("\r\n")
+
+    def __repr__(self) -> str:
+        return f"ShimError({self.message!r}, {self.response!r}, {self.exit_code!r})"
 
 
 class NotSentError(VMShimError):
@@ -362,7 +427,7 @@ _NAME_TAKEN = (
 )
 _SERVE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
     ERROR_ACCESS_DENIED: _NAME_TAKEN,
-    # A server that has all the instances that it allows answers so, before the name is looked at.
+    # A server that has all the instances that it allows says so, before the name is looked at.
     ERROR_PIPE_BUSY: _NAME_TAKEN,
 }
 _EXCHANGE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
@@ -506,7 +571,7 @@ _GO_ESCAPES.update(
 )
 
 
-class _Object(List[Tuple[str, Any]]):
+class _Object(_Pairs):
     """A JSON object's members, in order and with duplicates: pairs of key and value."""
 
 
@@ -594,6 +659,7 @@ def _check_type(key: str, value: Any, kind: type, what: str) -> None:
 def _read_time(key: str, value: Any) -> tuple[datetime, int]:
     """Return the datetime and the nanoseconds that it can't hold."""
     import re
+    from datetime import datetime, timedelta, timezone
 
     text = _read_string(key, value)
     match = re.fullmatch(
@@ -696,8 +762,14 @@ _REQUEST_FIELDS = (
 )
 
 
-# A base class, because typing.NamedTuple allows no __new__.
-class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
+class _Request(NamedTuple):
+    """The fields of a VMRequest: a NamedTuple may have no __new__ of its own."""
+
+    id: str
+    op: str
+
+
+class VMRequest(_Request):
     """One request to a VM shim: a container's ID and what to do to it (hcsshim: VMRequest).
 
     `op` is a VMRequestOp or its wire text. Like the reference's, a VMRequest can have an unknown
@@ -748,7 +820,13 @@ class VMRequest(NamedTuple("VMRequest", [("id", str), ("op", str)])):
 
 _document(VMRequest, _REQUEST_FIELDS)
 
-_NEVER = datetime(1, 1, 1, tzinfo=timezone.utc)
+
+def _never() -> datetime:
+    from datetime import datetime, timezone
+
+    return datetime(1, 1, 1, tzinfo=timezone.utc)
+
+
 _CREATED = "When it was created, an aware datetime; 0001-01-01T00:00:00Z means never."
 _NANOSECOND = "The last three digits of that time, 0 to 999 ns, which a datetime can't hold."
 
@@ -779,8 +857,8 @@ class ContainerState(NamedTuple):
     status: str = ""
     bundle: str = ""
     rootfs: str = ""
-    created: datetime = _NEVER
-    annotations: Mapping[str, str] = MappingProxyType({})
+    created: datetime = _default(_never, "never")
+    annotations: Mapping[str, str] = _default(dict, "{}")
     owner: str = ""
     created_nanosecond: int = 0
 
@@ -817,10 +895,6 @@ class ContainerState(NamedTuple):
         """
         return cls(**_read_members(_decode_only(data), _STATE_FIELDS))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The default annotations can be neither pickled nor copied.
-        return type(self), tuple(self._replace(annotations=dict(self.annotations)))
-
 
 _document(
     ContainerState,
@@ -856,15 +930,15 @@ def check_shim_response(
 def _read_response(pipe: Readable, limit: int) -> bytes:
     """Read to end of file, or to the first byte beyond the limit."""
     _check_max_response(limit)
-    response = bytearray()
-    while len(response) <= limit:
-        chunk = pipe.read(min(limit + 1 - len(response), 65536))
+    response = io.BytesIO()
+    while response.tell() <= limit:
+        chunk = pipe.read(min(limit + 1 - response.tell(), 65536))
         if chunk is None:
             raise BlockingIOError(errno.EAGAIN, "pipe.read() returned None: it must be blocking")
         if not chunk:
             break
-        response += chunk
-    return bytes(response)
+        response.write(chunk)
+    return response.getvalue()
 
 
 def _check_max_response(limit: int) -> None:
@@ -874,13 +948,14 @@ def _check_max_response(limit: int) -> None:
 
 def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimError:
     """Return the exception for a response that isn't success."""
-    message = response.decode("utf-8", "replace")
+    message = None
     if not response:
         message = "unknown shim failure"
         if exit_code is not None:
             message += f", exit code {exit_code}"
     elif len(response) > limit:
-        message = f"the response is longer than {limit} bytes; it begins: {message[:200]}"
+        beginning = response[:800].decode("utf-8", "replace")[:200]
+        message = f"the response is longer than {limit} bytes; it begins: {beginning}"
     return ShimError(message, response, exit_code)
 
 
@@ -971,138 +1046,117 @@ if sys.platform == "win32":
 
         __del__ = _finaliser("LocalFree")
 
-    def _prototype(library: ctypes.WinDLL, name: str, restype: Any, *argtypes: Any) -> None:
-        function = getattr(library, name)
-        function.restype = restype
-        function.argtypes = argtypes
+    def _prototype(library: ctypes.WinDLL, function: str, restype: Any, **parameters: Any) -> None:
+        """Declare a function of Windows, and its parameters by their names."""
+        prototype = getattr(library, function)
+        prototype.restype = restype
+        prototype.argtypes = tuple(parameters.values())
 
     _prototype(
         _kernel32,
         "CreateFileW",
         _Handle,
-        LPCWSTR,  # lpFileName
-        DWORD,  # dwDesiredAccess
-        DWORD,  # dwShareMode
-        LPVOID,  # lpSecurityAttributes
-        DWORD,  # dwCreationDisposition
-        DWORD,  # dwFlagsAndAttributes
-        HANDLE,  # hTemplateFile
+        lpFileName=LPCWSTR,
+        dwDesiredAccess=DWORD,
+        dwShareMode=DWORD,
+        lpSecurityAttributes=LPVOID,
+        dwCreationDisposition=DWORD,
+        dwFlagsAndAttributes=DWORD,
+        hTemplateFile=HANDLE,
     )
-    _prototype(
-        _kernel32,
-        "WaitNamedPipeW",
-        BOOL,
-        LPCWSTR,  # lpNamedPipeName
-        DWORD,  # nTimeOut, in milliseconds
-    )
+    _prototype(_kernel32, "WaitNamedPipeW", BOOL, lpNamedPipeName=LPCWSTR, nTimeOut=DWORD)
     _prototype(
         _kernel32,
         "CreateNamedPipeW",
         _Handle,
-        LPCWSTR,  # lpName
-        DWORD,  # dwOpenMode
-        DWORD,  # dwPipeMode
-        DWORD,  # nMaxInstances
-        DWORD,  # nOutBufferSize
-        DWORD,  # nInBufferSize
-        DWORD,  # nDefaultTimeOut
-        ctypes.POINTER(SECURITY_ATTRIBUTES),  # lpSecurityAttributes
+        lpName=LPCWSTR,
+        dwOpenMode=DWORD,
+        dwPipeMode=DWORD,
+        nMaxInstances=DWORD,
+        nOutBufferSize=DWORD,
+        nInBufferSize=DWORD,
+        nDefaultTimeOut=DWORD,
+        lpSecurityAttributes=ctypes.POINTER(SECURITY_ATTRIBUTES),
     )
-    _prototype(
-        _kernel32,
-        "ConnectNamedPipe",
-        BOOL,
-        HANDLE,  # hNamedPipe
-        LPOVERLAPPED,  # lpOverlapped
-    )
+    _prototype(_kernel32, "ConnectNamedPipe", BOOL, hNamedPipe=HANDLE, lpOverlapped=LPOVERLAPPED)
     _prototype(
         _kernel32,
         "ReadFile",
         BOOL,
-        HANDLE,  # hFile
-        LPVOID,  # lpBuffer
-        DWORD,  # nNumberOfBytesToRead
-        LPDWORD,  # lpNumberOfBytesRead
-        LPOVERLAPPED,  # lpOverlapped
+        hFile=HANDLE,
+        lpBuffer=LPVOID,
+        nNumberOfBytesToRead=DWORD,
+        lpNumberOfBytesRead=LPDWORD,
+        lpOverlapped=LPOVERLAPPED,
     )
     _prototype(
         _kernel32,
         "WriteFile",
         BOOL,
-        HANDLE,  # hFile
-        LPCVOID,  # lpBuffer
-        DWORD,  # nNumberOfBytesToWrite
-        LPDWORD,  # lpNumberOfBytesWritten
-        LPOVERLAPPED,  # lpOverlapped
+        hFile=HANDLE,
+        lpBuffer=LPCVOID,
+        nNumberOfBytesToWrite=DWORD,
+        lpNumberOfBytesWritten=LPDWORD,
+        lpOverlapped=LPOVERLAPPED,
     )
-    _prototype(
-        _kernel32,
-        "FlushFileBuffers",
-        BOOL,
-        HANDLE,  # hFile
-    )
+    _prototype(_kernel32, "FlushFileBuffers", BOOL, hFile=HANDLE)
     _prototype(
         _kernel32,
         "CreateEventW",
         _Handle,
-        LPVOID,  # lpEventAttributes
-        BOOL,  # bManualReset
-        BOOL,  # bInitialState
-        LPCWSTR,  # lpName
+        lpEventAttributes=LPVOID,
+        bManualReset=BOOL,
+        bInitialState=BOOL,
+        lpName=LPCWSTR,
     )
     _prototype(
         _kernel32,
         "GetOverlappedResultEx",
         BOOL,
-        HANDLE,  # hFile
-        LPOVERLAPPED,  # lpOverlapped
-        LPDWORD,  # lpNumberOfBytesTransferred
-        DWORD,  # dwMilliseconds
-        BOOL,  # bAlertable
+        hFile=HANDLE,
+        lpOverlapped=LPOVERLAPPED,
+        lpNumberOfBytesTransferred=LPDWORD,
+        dwMilliseconds=DWORD,
+        bAlertable=BOOL,
     )
-    _prototype(
-        _kernel32,
-        "CancelIoEx",
-        BOOL,
-        HANDLE,  # hFile
-        LPOVERLAPPED,  # lpOverlapped
-    )
+    _prototype(_kernel32, "CancelIoEx", BOOL, hFile=HANDLE, lpOverlapped=LPOVERLAPPED)
+    # Not a _Handle: it may be the existing port, which must not be closed.
     _prototype(
         _kernel32,
         "CreateIoCompletionPort",
-        HANDLE,  # not a _Handle: it may be the existing port, which must not be closed
-        HANDLE,  # FileHandle
-        HANDLE,  # ExistingCompletionPort
-        ULONG_PTR,  # CompletionKey
-        DWORD,  # NumberOfConcurrentThreads
+        HANDLE,
+        FileHandle=HANDLE,
+        ExistingCompletionPort=HANDLE,
+        CompletionKey=ULONG_PTR,
+        NumberOfConcurrentThreads=DWORD,
     )
     _prototype(
         _kernel32,
         "GetQueuedCompletionStatus",
         BOOL,
-        HANDLE,  # CompletionPort
-        LPDWORD,  # lpNumberOfBytesTransferred
-        ctypes.POINTER(ULONG_PTR),  # lpCompletionKey
-        ctypes.POINTER(LPVOID),  # lpOverlapped
-        DWORD,  # dwMilliseconds
+        CompletionPort=HANDLE,
+        lpNumberOfBytesTransferred=LPDWORD,
+        lpCompletionKey=ctypes.POINTER(ULONG_PTR),
+        lpOverlapped=ctypes.POINTER(LPVOID),
+        dwMilliseconds=DWORD,
     )
     _prototype(
         _kernel32,
         "PostQueuedCompletionStatus",
         BOOL,
-        HANDLE,  # CompletionPort
-        DWORD,  # dwNumberOfBytesTransferred
-        ULONG_PTR,  # dwCompletionKey
-        LPOVERLAPPED,  # lpOverlapped
+        CompletionPort=HANDLE,
+        dwNumberOfBytesTransferred=DWORD,
+        dwCompletionKey=ULONG_PTR,
+        lpOverlapped=LPOVERLAPPED,
     )
     _prototype(
         _advapi32,
         "ConvertStringSecurityDescriptorToSecurityDescriptorW",
         BOOL,
-        LPCWSTR,  # StringSecurityDescriptor
-        DWORD,  # StringSDRevision
-        ctypes.POINTER(_SecurityDescriptor),  # SecurityDescriptor
-        LPDWORD,  # SecurityDescriptorSize
+        StringSecurityDescriptor=LPCWSTR,
+        StringSDRevision=DWORD,
+        SecurityDescriptor=ctypes.POINTER(_SecurityDescriptor),
+        SecurityDescriptorSize=LPDWORD,
     )
 else:
 
@@ -1136,8 +1190,8 @@ def _last_error() -> int:
 _SLICE = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
-_CHUNK = 65536
-"""The most that is read at once, in bytes."""
+_Chunk = ctypes.c_char * 16384
+"""The buffer of a read."""
 
 _NOT_STARTED = 1
 """Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
@@ -1155,27 +1209,32 @@ class _Operation:
 
     __slots__ = (
         *("_is_started", "address", "arguments", "count", "event", "function", "handle"),
-        "overlapped",
+        *("overlapped", "thread"),
     )
 
-    def __init__(
-        self, handle: _Handle | None, function: str, *arguments: Any, event: _Handle | None = None
-    ) -> None:
+    def __init__(self, handle: _Handle | None, function: Any, *arguments: Any) -> None:
         self.handle = handle
+        self.event: _Handle | None = None
         self.function = function
         self.arguments = arguments
-        self.event = event
-        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)
+        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)
         self.address = ctypes.addressof(self.overlapped)
         self.count = DWORD()
+        self.thread = _thread.get_ident()
         self._is_started = False
+
+    def signal_by(self, event: _Handle) -> None:
+        """Have Windows signal an event at its end, and not the pipe's own handle."""
+        self.event = event
+        self.overlapped.hEvent = event.value
 
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
-        _forget_ended()
+        if _under_way:
+            _forget_ended()
         _under_way[self.address] = self.overlapped, self.arguments
-        start = getattr(_kernel32, self.function)
-        error = 0 if start(self.handle, *self.arguments, self.overlapped) else _last_error()
+        started = self.function(self.handle, *self.arguments, self.overlapped)
+        error = 0 if started else _last_error()
         if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
             self._is_started = True
             return 0
@@ -1222,7 +1281,7 @@ def _forget_ended() -> None:
             _under_way.pop(address, None)
 
 
-_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
+_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
 
 
 class _Flush:
@@ -1232,14 +1291,13 @@ class _Flush:
         from queue import SimpleQueue
 
         self._handle: _Handle | None = handle
+        self.thread = _thread.get_ident()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._begun = False
         self._done = False
         self._cancelled = False
 
     def start(self) -> None:
-        import _thread
-
         _thread.start_new_thread(self._flush, ())
 
     def _flush(self) -> None:
@@ -1264,6 +1322,9 @@ class _Flush:
             # Again and again, because the thread may not have called FlushFileBuffers yet.
             _kernel32.CancelIoEx(self._handle, None)
             self.wait(0.01)
+
+    def release(self) -> None:
+        """Give the handle back."""
         self._handle = None
 
 
@@ -1325,15 +1386,15 @@ class Pipe(io.RawIOBase):
             return self.readall() or b""
         if size == 0 or self._at_end:
             return b""
-        buffer = (ctypes.c_char * min(size, _CHUNK))()
-        error, count = self._run("ReadFile", buffer, len(buffer), None)
+        chunk = _Chunk()
+        error, count = self._run(_kernel32.ReadFile, chunk, min(size, len(chunk)), None)
         if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
             count = 0
         elif error not in (0, ERROR_MORE_DATA):
             raise _exchange_error(error, self.name)
         # A zero-length message is end of file, like the other end's close.
         self._at_end = count == 0 and error != ERROR_MORE_DATA
-        return ctypes.string_at(buffer, count)
+        return ctypes.string_at(chunk, count)
 
     def readinto(self, buffer: Any) -> int:
         """Read into a buffer what there is, or wait for the first of it; 0 is end of file."""
@@ -1381,6 +1442,9 @@ class Pipe(io.RawIOBase):
         super().close()
         for operation in list(self._operations):
             operation.end()
+            # Ctrl-C has kept _run() from doing so. What another thread runs still needs its handle.
+            if operation.thread == _thread.get_ident():
+                operation.release()
         # The last reference: this closes the handle.
         self._handle = None
 
@@ -1391,32 +1455,32 @@ class Pipe(io.RawIOBase):
         return handle
 
     def _send(self, message: bytes) -> int:
-        error, count = self._run("WriteFile", message, len(message), None)
+        error, count = self._run(_kernel32.WriteFile, message, len(message), None)
         if error:
             raise _exchange_error(error, self.name)
         return count
 
-    def _run(self, function: str, *arguments: Any) -> tuple[int, int]:
+    def _run(self, function: Any, *arguments: Any) -> tuple[int, int]:
         """Run an operation to its end; return its Win32 error and its count of bytes.
 
         Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
         close() sees to it. Raises ResponseTimeoutError if the deadline came first.
         """
-        operation = _Operation(
-            self._open_handle(), function, *arguments, event=self._new_event_if_needed()
-        )
+        operation = _Operation(self._open_handle(), function, *arguments)
         self._operations.append(operation)
         timed_out = False
         try:
-            error = operation.start()
-            if not error:
-                error = ERROR_IO_INCOMPLETE
-                while error in _UNFINISHED:
-                    timed_out = time.monotonic() >= self.deadline
-                    if timed_out or self.closed:
-                        operation.end()
-                    seconds = min(_SLICE, self.deadline - time.monotonic())
-                    error = operation.wait(max(0.0, seconds))
+            # The pipe's own handle can signal one operation only. Where one is under way at a time,
+            # as it mostly is, that saves an event.
+            if self._operations[0] is not operation:
+                operation.signal_by(self._new_event())
+            error = operation.start() or ERROR_IO_INCOMPLETE
+            while error in _UNFINISHED:
+                seconds = self.deadline - time.monotonic()
+                timed_out = seconds <= 0
+                if timed_out or self.closed:
+                    operation.end()
+                error = operation.wait(min(_SLICE, max(0.0, seconds)))
         finally:
             operation.end()
             operation.release()
@@ -1427,13 +1491,7 @@ class Pipe(io.RawIOBase):
             error = WAIT_TIMEOUT
         return error, operation.count.value
 
-    def _new_event_if_needed(self) -> _Handle | None:
-        """Return what Windows signals at an operation's end; None is the pipe's own handle.
-
-        That saves an event where one operation is under way at a time, as it mostly is.
-        """
-        if not self._operations:
-            return None
+    def _new_event(self) -> _Handle:
         event: _Handle = _kernel32.CreateEventW(None, True, False, None)
         if not event.value:
             raise _exchange_error(_last_error(), self.name)
@@ -1516,7 +1574,7 @@ def issue_vm_request(
     _check_max_response(max_response)
     message = request.to_json()
     started = time.monotonic()
-    outcome = "done"
+    failure: BaseException | None = None
     try:
         with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:
             response = _exchange(pipe, message, max_response)
@@ -1526,14 +1584,15 @@ def issue_vm_request(
         if response != SHIM_SUCCESS:
             raise _refusal(response, max_response)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {str(error)[:200]}"
+        failure = error
         raise
     finally:
-        milliseconds = (time.monotonic() - started) * 1000
-        _log(
-            *("debug", "%s: %r %s: %s (%.1f ms)", pipe_path, request.id, request.op),
-            *(outcome, milliseconds),
-        )
+        if "logging" in sys.modules:
+            outcome = f"{type(failure).__name__}: {str(failure)[:200]}" if failure else "done"
+            milliseconds = (time.monotonic() - started) * 1000
+            text = "%s: %r %s: %s (%.1f ms)"
+            _log("debug", text, pipe_path, request.id, request.op, outcome, milliseconds)
+        failure = None  # it would keep itself alive, by its traceback
 
 
 def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
@@ -1560,7 +1619,12 @@ def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> 
 
 # ---- runhcs's own state -------------------------------------------------------------------------
 
-_ZERO_GUID = uuid.UUID(int=0)
+
+def _zero_guid() -> uuid.UUID:
+    import uuid
+
+    return uuid.UUID(int=0)
+
 
 _CONTAINER_FIELDS = (
     _Field("id", "ID", _read_string, "The container's ID."),
@@ -1591,11 +1655,11 @@ class Container(NamedTuple):
     sandbox_id: str = ""
     host_id: str = ""
     bundle: str = ""
-    created: datetime = _NEVER
+    created: datetime = _default(_never, "never")
     rootfs: str = ""
     is_host: bool = False
-    unique_id: uuid.UUID = _ZERO_GUID
-    host_unique_id: uuid.UUID = _ZERO_GUID
+    unique_id: uuid.UUID = _default(_zero_guid, "the zero GUID")
+    host_unique_id: uuid.UUID = _default(_zero_guid, "the zero GUID")
     shim_pid: int = -1
     created_nanosecond: int = 0
 
@@ -1604,7 +1668,7 @@ class Container(NamedTuple):
 
         Raises ContainerNotFoundError if the container runs in no VM.
         """
-        if self.host_unique_id == _ZERO_GUID:
+        if self.host_unique_id == _zero_guid():
             raise ContainerNotFoundError(
                 f"container '{self.id}' runs in no VM, so no VM shim can be asked"
             )
@@ -1776,7 +1840,8 @@ def _subkey_names(key: Any) -> list[str]:
 # one completion port. Between the two there are only queues, flags that are set once, and
 # PostQueuedCompletionStatus, which wakes the I/O thread: no locks, so none can be left locked.
 
-_READ_SIZE = 4096
+_RequestChunk = ctypes.c_char * 4096
+"""The buffer in which each client's request is awaited."""
 _STOP_GRACE = 0.5
 """How long a server that stops gives its clients to take their responses, in seconds."""
 _RETRY_SECONDS = 0.1
@@ -1845,8 +1910,6 @@ class VMShimServer:
         it returns at once. Raises ValueError if the server is closed, RuntimeError if it is serving
         already or if no thread can be started.
         """
-        import _thread
-
         if self._closed:
             raise ValueError("the server is closed")
         service = _Service(self)
@@ -2005,12 +2068,11 @@ class _Service:
     """
 
     def __init__(self, server: VMShimServer) -> None:
-        from _thread import get_ident
         from collections import OrderedDict, deque
         from queue import SimpleQueue
 
         self._server = server
-        self._handler_thread = get_ident()
+        self._handler_thread = _thread.get_ident()
         self._requests: SimpleQueue[_Client | None] = SimpleQueue()
         self._responses: SimpleQueue[tuple[_Client, bytes]] = SimpleQueue()
         # What the I/O thread wants logged: logging may block, and belongs into the other thread.
@@ -2043,8 +2105,13 @@ class _Service:
                 self._responses.put((client, self._call_handler(client.request)))
                 self._wake()
         self._write_notes()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                # Its traceback is in the log. Here it would keep handles open.
+                raise failure.with_traceback(None)
+        finally:
+            del failure
 
     def leave_handler(self) -> None:
         """Tell the I/O thread that the handler isn't called any more."""
@@ -2053,10 +2120,8 @@ class _Service:
 
     def stop(self) -> None:
         """Have the I/O thread stop, and wait for its end unless the handler calls this."""
-        from _thread import get_ident
-
         self._wake()
-        if get_ident() == self._handler_thread:
+        if _thread.get_ident() == self._handler_thread:
             if self._is_in_handler():
                 return
             # Two Ctrl-C in a row may have ended serve_forever() before it could say so.
@@ -2109,7 +2174,8 @@ class _Service:
             if self._handler_has_left:
                 return
             if server._serving.setdefault("service", self) is not self:
-                raise RuntimeError("the server is serving already")
+                self._failure = RuntimeError("the server is serving already")
+                return
             try:
                 self._port = _create_port()
                 self._serve()
@@ -2117,11 +2183,15 @@ class _Service:
                 for operation, *_ in self._operations.values():
                     operation.end()  # only after a bug is there any
                 self._clients.clear()
+                self._port = None
                 server._stopping = False
                 if server._closed:
                     server._listener.close()
                 server._serving.clear()
-        except BaseException as error:
+        except Exception as error:
+            import traceback
+
+            self._notes.append(("error", "the I/O thread has failed: %s", traceback.format_exc()))
             self._failure = error
         finally:
             self._has_ended = True
@@ -2133,7 +2203,10 @@ class _Service:
             if self._must_stop():
                 self._begin_to_stop()
             while early and not self._is_stopping:
-                self._admit(early.popleft())
+                try:
+                    self._admit(early.popleft())
+                except OSError as error:
+                    self._notes.append(("error", "a client can't be let in: %s", str(error)))
             self._deliver_responses()
             self._cut_off_late_clients()
             self._open_or_close_the_door()
@@ -2297,7 +2370,7 @@ class _Service:
 
     def _converse(self, client: _Client) -> _Task:
         """Talk with a client, from its connection to its response."""
-        error, _ = yield _Operation(client.handle, "ConnectNamedPipe")
+        error, _ = yield _Operation(client.handle, _kernel32.ConnectNamedPipe)
         if self._offered is client:
             self._offered = None
         if error not in (0, ERROR_PIPE_CONNECTED):
@@ -2351,16 +2424,18 @@ class _Service:
             left -= len(data)
 
     def _read(self, client: _Client) -> Generator[_Operation, Any, bytes]:
-        buffer = (ctypes.c_char * _READ_SIZE)()
-        error, count = yield _Operation(client.handle, "ReadFile", buffer, len(buffer), None)
+        chunk = _RequestChunk()
+        read = _Operation(client.handle, _kernel32.ReadFile, chunk, len(chunk), None)
+        error, count = yield read
         if error in (ERROR_BROKEN_PIPE, ERROR_NETNAME_DELETED):
             return b""
         if error not in (0, ERROR_MORE_DATA):
             raise _exchange_error(error, self._server.pipe_path)
-        return ctypes.string_at(buffer, count)
+        return ctypes.string_at(chunk, count)
 
     def _write(self, client: _Client, data: bytes) -> Generator[_Operation, Any, None]:
-        error, _ = yield _Operation(client.handle, "WriteFile", data, len(data), None)
+        write = _Operation(client.handle, _kernel32.WriteFile, data, len(data), None)
+        error, _ = yield write
         if error:
             raise _exchange_error(error, self._server.pipe_path)
 
@@ -2456,10 +2531,20 @@ examples:
 """
 
 
+_COMMANDS = (*VMRequestOp, "list", "pipe-path", "serve", "demo")
+
+
 def _epilog() -> str:
     rows = sorted(_OUTCOMES, key=lambda outcome: outcome.status)
     statuses = "\n".join(f"  {outcome.status:<3}  {outcome.meaning}" for outcome in rows)
     return f"{_EXAMPLES}\nexit status:\n{statuses}\n"
+
+
+def _version() -> str:
+    """Return what a report of a bug needs."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    bits = ctypes.sizeof(ctypes.c_void_p) * 8
+    return f"vmshim {__version__}, Python {python}, {sys.platform}, {bits} bit"
 
 
 class _UsageError(ValueError):
@@ -2489,6 +2574,7 @@ def _run_command(words: list[str]) -> int:
     if not words:
         parser.print_help()
         return 2
+    _suggest(parser, words[0])
     options = parser.parse_args(words)
     if getattr(options, "verbose", False):
         import logging
@@ -2501,6 +2587,15 @@ def _run_command(words: list[str]) -> int:
     except ValueError as error:
         raise _UsageError(options.parser, str(error)) from None
     return status
+
+
+def _suggest(parser: argparse.ArgumentParser, word: str) -> None:
+    """Refuse an unknown command, and name a similar one."""
+    from difflib import get_close_matches
+
+    similar = get_close_matches(word, _COMMANDS, 1)
+    if similar and word not in _COMMANDS:
+        raise _UsageError(parser, f"unknown command {word!r}; did you mean '{similar[0]}'?")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -2519,11 +2614,12 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"vmshim {__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add_command(name: str, run: Callable[[Any], int], text: str, more: str = "") -> Any:
-        command = commands.add_parser(name, help=text, description=text + more)
+    def add_command(name: str, run: Callable[[Any], int], text: str, example: str) -> Any:
+        example = f"example: vmshim.py {name} {example}".rstrip()
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -2542,8 +2638,8 @@ def _make_parser() -> argparse.ArgumentParser:
         VMRequestOp.UNMOUNT_CONTAINER: "take containers' file systems out of their VM",
         VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only containers' disks out of their VM",
     }.items():
-        more = "; without --vm or --pipe, the VM is looked up in runhcs's registry state"
-        command = add_command(op.value, _run_requests, text, more)
+        command = add_command(op.value, _run_requests, text, "--timeout 60 my-container")
+        command.description += "; without --vm or --pipe, the VM is looked up in runhcs's state"
         command.add_argument("ids", metavar="ID", nargs="+", help="a container's ID")
         add_where(command, required=False)
         add_root(command)
@@ -2560,14 +2656,19 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         command.set_defaults(op=op)
 
-    command = add_command("list", _run_list, "list runhcs's containers on this host")
+    command = add_command("list", _run_list, "list runhcs's containers on this host", "--json")
     add_root(command)
-    command.add_argument("--json", action="store_true", help="print a JSON array")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print a JSON array")
+    text = "print a line of JSON for each container, with the host in it"
+    how.add_argument("--json-lines", action="store_true", help=text)
 
-    command = add_command("pipe-path", _run_pipe_path, "print the path of a VM shim's pipe")
+    guid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    command = add_command("pipe-path", _run_pipe_path, "print the path of a VM shim's pipe", guid)
     command.add_argument("vm", metavar="GUID", help="the VM's HostUniqueID")
 
-    command = add_command("serve", _run_serve, "respond to requests, and print each, until Ctrl-C")
+    text = "respond to requests, and print each, until Ctrl-C"
+    command = add_command("serve", _run_serve, text, r"--pipe \\.\pipe\my-shim")
     add_where(command, required=True)
     command.add_argument("--fail", metavar="TEXT", help="refuse every request with this text")
     command.add_argument(
@@ -2577,9 +2678,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "write the success bytes to stdout when the pipe exists, close stdout, print to stderr",
     )
 
-    add_command(
-        "demo", _run_demo, "show a request and a refusal, on a pipe that needs no elevation"
-    )
+    text = "show a request and a refusal, on a pipe that needs no elevation"
+    add_command("demo", _run_demo, text, "")
     return parser
 
 
@@ -2638,7 +2738,7 @@ def _print_json(
 
     outcome = _outcome_of(failure)
     row = {
-        "host": os.environ.get("COMPUTERNAME"),
+        "host": _host(),
         "id": container_id,
         "op": op,
         "pipe": pipe_path,
@@ -2651,6 +2751,11 @@ def _print_json(
         "version": __version__,
     }
     _print(json.dumps(row))
+
+
+def _host() -> str | None:
+    # platform.node() asks WMI from Python 3.12 on, which is slow.
+    return os.environ.get("COMPUTERNAME")
 
 
 def _print_failure(failure: BaseException) -> None:
@@ -2703,13 +2808,16 @@ def _run_list(options: argparse.Namespace) -> int:
 
     containers = sorted(list_containers(root=options.root))
     shims = [_vm_shim_status(container) for container in containers]
-    if options.json:
+    if options.json or options.json_lines:
         rows = []
         for container, shim in zip(containers, shims):
             row = {**container._asdict(), "vm_shim": shim}
             row["created"] = _go_time(container.created, row.pop("created_nanosecond"))
             rows.append(row)
-        _print(json.dumps(rows, default=str, indent=2))
+        if options.json:
+            _print(json.dumps(rows, default=str, indent=2))
+        for row in rows if options.json_lines else ():
+            _print(json.dumps({"host": _host(), **row}, default=str))
         return 0
     table = [("ID", "VM", "OWNER", "CREATED", "VM SHIM")]
     for container, shim in zip(containers, shims):
@@ -2772,7 +2880,7 @@ def _handshake(make_server: Callable[[], VMShimServer]) -> VMShimServer:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    import _thread
+    import uuid
 
     def carry_out(request: VMRequest) -> None:
         if request.op == VMRequestOp.SYNC_NAMESPACE:
@@ -2815,8 +2923,6 @@ class _WaitDisplay:
     def start(self) -> None:
         """Start to count, in a thread."""
         if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
-            import _thread
-
             _thread.start_new_thread(self._count, ())
 
     def stop(self) -> None:
@@ -2839,6 +2945,27 @@ class _WaitDisplay:
             pass  # the terminal has gone
         finally:
             self._has_ended = True
+
+
+# ---- Licence ------------------------------------------------------------------------------------
+# MIT License
+#
+# Copyright (c) 2026 the vmshim maintainers
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(step: int, only: str, *, twice: bool) -> int:
                     break
             print(f"{scenario.__name__}: {points - before} points", flush=True)
     print(
-        f"Python {sys.version.split()[0]}: {points} points, {hangs} hangs, {wrong_ends} wrong ends, "
+        f"Python {sys.version.split()[0]}: {points} points, {hangs} hangs, {wrong_ends} wrong, "
         f"KeyboardInterrupt came out within {longest:.2f} s",
         flush=True,
     )
