@@ -1,16 +1,26 @@
 """Break each rule of vmshim.py, one at a time, and see the suite fail each time.
 
 `python3 .ci/mutate.py` takes about half an hour; `--only REGEX` tries some. A rule that can be
-broken unnoticed is printed as SURVIVED, and the exit status is 1. The rules are in mutations.py.
+broken unnoticed is printed as SURVIVED, and the exit status is 1.
 
-Each edit names the test classes that should notice it. They run first, then the rest of the suite,
-up to the first failure. Tests that fail without any edit are named at the start and left out.
+mutations.txt holds the rules:
+
+    == the test classes that should notice the following; they run first, then the rest of the suite
+    a rule
+    @ the function, method, class or module-level name (of a call: the function) where it is kept
+    - the text to replace, which must be there exactly once; lines are whole but for the outer two
+    + what to replace it by, in order to break the rule
+    ? an excuse: why no test under Wine can show it
+
+Tests that fail without any edit are named at the start and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import itertools
 import os
 import re
 import shutil
@@ -19,9 +29,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterator
-
-from mutations import EDITS, Edit
+from typing import Iterator, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -65,36 +73,73 @@ os._exit(not result.wasSuccessful())  # a thread may hang
 '''
 
 
-def definitions(source: str, body: list[ast.stmt], outer: str = "") -> Iterator[tuple[str, ast.stmt]]:
+class Edit(NamedTuple):
+    """A rule, and what to replace by what in order to break it."""
+
+    rule: str
+    tests: str
+    where: str
+    old: str
+    new: str
+    excuse: str
+
+
+def read_edits() -> Iterator[Edit]:
+    with open(os.path.join(HERE, "mutations.txt"), encoding="utf-8") as file:
+        paragraphs = file.read().strip("\n").split("\n\n")
+    tests = ""
+    for paragraph in paragraphs:
+        rule, *lines = paragraph.split("\n")
+        if rule.startswith("== "):
+            tests = rule[3:]
+            continue
+        parts = {
+            sign: "\n".join(line[2:] for line in lines if line.startswith(f"{sign} "))
+            for sign in "@-+?"
+        }
+        yield Edit(rule, tests, *parts.values())
+
+
+def definitions(body: list[ast.stmt], outer: str = "") -> Iterator[tuple[str, ast.stmt]]:
     """Yield what a module or class defines, by name; a call at module level by the function's."""
     for node in body:
         if isinstance(node, ast.If):
-            yield from definitions(source, node.body + node.orelse, outer)
+            yield from definitions(node.body + node.orelse, outer)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield outer + node.name, node
-            yield from definitions(source, node.body, f"{outer}{node.name}.")
+            yield from definitions(node.body, f"{outer}{node.name}.")
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                yield outer + str(ast.get_source_segment(source, target)), node
+                yield outer + dotted(target), node
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            yield outer + str(ast.get_source_segment(source, node.value.func)), node
+            yield outer + dotted(node.value.func), node
+
+
+@functools.lru_cache(maxsize=1)
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def apply_edit(source: str, edit: Edit) -> str:
     """Return the source with the edit in it. Raise ValueError if it doesn't fit exactly once."""
-    starts = [0]
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    found = []
-    for name, node in definitions(source, ast.parse(source).body):
+    lines = source.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    places = []
+    for name, node in definitions(parse(source).body):
         if name == edit.where:
             assert node.end_lineno
             start, end = starts[node.lineno - 1], starts[node.end_lineno]
             text = re.escape(edit.old)
-            found += [match.start() + start for match in re.finditer(text, source[start:end])]
-    if len(found) != 1:
-        raise ValueError(f"what to replace is {len(found)} times in {edit.where}")
-    [place] = found
+            places += [start + match.start() for match in re.finditer(text, source[start:end])]
+    if len(places) != 1:
+        raise ValueError(f"what to replace is {len(places)} times in {edit.where}")
+    [place] = places
     return source[:place] + edit.new + source[place + len(edit.old) :]
 
 
@@ -135,14 +180,14 @@ def failures_in(output: str) -> list[str]:
     return list(dict.fromkeys(ids))
 
 
-def try_edit(source: str, edit: Edit, first: str, left_out: list[str]) -> tuple[str, str]:
+def try_edit(source: str, edit: Edit, left_out: list[str]) -> tuple[str, str]:
     """Return a verdict, and which test noticed or what went wrong."""
     try:
         broken = apply_edit(source, edit)
         compile(broken, "vmshim.py", "exec")
     except (ValueError, SyntaxError) as error:
         return "NO EDIT ", str(error)
-    status, output = run_suite(broken, first, left_out, failfast=True)
+    status, output = run_suite(broken, edit.tests, left_out, failfast=True)
     if abs(status) in (9, 128 + 9):
         return "noticed ", "hangs at " + output.rstrip().rpartition("\n")[2][:80]
     if status:
@@ -159,14 +204,9 @@ def main() -> int:
     options = parser.parse_args()
     with open(os.path.join(ROOT, "vmshim.py"), encoding="utf-8") as file:
         source = file.read()
-    edits = [
-        (first, edit)
-        for first, edits in EDITS
-        for edit in edits
-        if re.search(options.only, edit.rule)
-    ]
+    edits = [edit for edit in read_edits() if re.search(options.only, edit.rule)]
     if options.fit:
-        for _, edit in edits:
+        for edit in edits:
             try:
                 compile(apply_edit(source, edit), "vmshim.py", "exec")
             except (ValueError, SyntaxError) as error:
@@ -180,11 +220,11 @@ def main() -> int:
     counts: dict[str, int] = {}
     started = time.monotonic()
 
-    def try_one(pair: tuple[str, Edit]) -> tuple[str, str]:
-        return try_edit(source, pair[1], pair[0], left_out)
+    def try_one(edit: Edit) -> tuple[str, str]:
+        return try_edit(source, edit, left_out)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        for (_, edit), (verdict, how) in zip(edits, pool.map(try_one, edits)):
+        for edit, (verdict, how) in zip(edits, pool.map(try_one, edits)):
             print(f"{verdict}  {edit.rule}: {how}", flush=True)
             counts[verdict.strip()] = counts.get(verdict.strip(), 0) + 1
     figures = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
