@@ -31,7 +31,6 @@ import logging
 import math
 import os
 import pickle
-import queue
 import random
 import re
 import subprocess
@@ -2772,11 +2771,12 @@ class ManyClientsTest(ServerCase):
 
     def test_one_client_may_wait_and_others_see_busy_but_never_not_found(self) -> None:
         handler = HeldHandler()
-        self.start_server(handler)
+        server = self.start_server(handler)
         first = self.dial_and_write(wire("first"))
         self.assertTrue(handler.entered.wait(LONG))
         second = self.dial_and_write(wire("second"))
-        self.wait_until_busy()
+        service = server._serving["service"]
+        self.wait_until(lambda: len(service._at_handler) == 2 and not service._offered)
         for connect_timeout in [0] * 20 + [0.2]:
             self.caught(PipeBusyError, self.issue, connect_timeout=connect_timeout)
         handler.go_on.set()
@@ -3637,6 +3637,20 @@ assert "logging" not in sys.modules
             self.assertEqual(process.communicate(timeout=LONG), (b"", b""))
         self.assertEqual(process.returncode, 0)
 
+    def test_import_and_one_request_load_no_more_modules_than_these(self) -> None:
+        self.start_server(lambda request: None)
+        code = f"""
+import __future__, _thread, collections, ctypes, enum, errno, io, math, os, sys, time
+loaded = set(sys.modules)
+sys.path.insert(0, {HERE!r})
+import vmshim
+vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"))
+print(*set(sys.modules) - loaded)
+"""
+        with start_python(code) as process:
+            output, errors = process.communicate(timeout=LONG)
+        self.assertEqual((output.split(), errors), ([b"vmshim"], b""))
+
 
 # ---- Input at random ----------------------------------------------------------------------------
 
@@ -3858,6 +3872,16 @@ class Peer:
         self.process.communicate()
 
 
+def persist(call: Callable[[], object]) -> None:
+    """Call a function again as often as a KeyboardInterrupt comes out of it."""
+    while True:
+        try:
+            call()
+            return
+        except KeyboardInterrupt:
+            pass
+
+
 class Interrupter:
     """Raises KeyboardInterrupt in the calling thread before the n-th bytecode of vmshim.py.
 
@@ -3872,6 +3896,7 @@ class Interrupter:
         self.count = 0
         self.place = ""
         self.raised_at = math.inf
+        self.has_interrupted_again = False
 
     def run(self, call: Callable[[], object]) -> None:
         sys.settrace(self.trace)
@@ -3904,6 +3929,18 @@ class Interrupter:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt)
         )
+        self.has_interrupted_again = True
+
+    def await_second(self) -> None:
+        """Wait until the second one has come: later it would hit another thread."""
+        while self.twice and self.place and not self.has_interrupted_again:
+            time.sleep(0.001)
+
+
+def wait_for(condition: Callable[[], object], deadline: float) -> None:
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def succeeding_request(peer: Peer) -> None:
@@ -3962,7 +3999,7 @@ def life_of_a_server(peer: Peer) -> None:
     """Serve clients in all states, until the handler stops the server."""
     path = new_pipe_path()
     kinds = ["silent", "half", "garbage", "gone", "unread", "ok", "refused", "failing", "last"]
-    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    left: list[str] = []
 
     def handle(request: VMRequest) -> None:
         if request.id == "refused":
@@ -3986,7 +4023,7 @@ def life_of_a_server(peer: Peer) -> None:
         except vmshim.VMShimError:
             pass
         finally:
-            left.put(kind)
+            left.append(kind)
 
     begun = []
     server = None
@@ -3999,12 +4036,11 @@ def life_of_a_server(peer: Peer) -> None:
     finally:
         sys.settrace(None)
         if server:
-            server.close()  # Ctrl-C may have come in the middle of it
+            persist(server.close)  # Ctrl-C may have come in the middle of it
         # Every client that has begun gets its end, without help.
-        for _ in begun:
-            left.get(timeout=LONG)
-        with VMShimServer(path, handle):
-            pass
+        deadline = time.monotonic() + LONG
+        persist(lambda: wait_for(lambda: len(left) >= len(begun), deadline))
+        persist(lambda: VMShimServer(path, handle).close())
 
 
 SCENARIOS = (
@@ -4061,13 +4097,11 @@ class Interruptions:
                     interrupter.run(lambda: scenario(self.peer))
                 finally:
                     ended_at[0] = time.monotonic()
-                raised.append("")
             except KeyboardInterrupt:
-                raised.append("")
+                pass
             except BaseException as error:
                 raised.append(f"{error!r} came out")
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(0.005 if twice else 0)  # the second one may still come
+            persist(interrupter.await_second)
 
         threads = self.count_threads()
         thread = threading.Thread(target=call, daemon=True)
@@ -4076,7 +4110,7 @@ class Interruptions:
         if thread.is_alive():
             wrong = "hangs"
         else:
-            wrong = raised[0] or self.leftovers(threads, first=point == 0)
+            wrong = "".join(raised) or self.leftovers(threads, first=point == 0)
         seconds = max(0.0, ended_at[0] - interrupter.raised_at)
         return Interrupted(not interrupter.place, seconds, wrong, interrupter.place)
 

@@ -251,7 +251,8 @@ def _check_pipe_path(path: str) -> None:
     # Windows takes a path that begins with \\?\ as it is.
     if parts[2] == "?":
         return
-    if "/" in path or any(not part or part[-1] in ". " for part in parts[4].split("\\")):
+    name = f"\\{parts[4]}\\"
+    if any(odd in name for odd in ("/", "\\\\", ".\\", " \\")):
         raise ValueError(
             f"not a pipe path: Windows would change {path!r} before it looks for the pipe; a name "
             "must have no /, and no part of it may be empty or end in a dot or a space"
@@ -1190,7 +1191,7 @@ def _last_error() -> int:
 _SLICE = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
-_Chunk = ctypes.c_char * 16384
+_Chunk = ctypes.c_char * 4096
 """The buffer of a read."""
 
 _NOT_STARTED = 1
@@ -1230,8 +1231,6 @@ class _Operation:
 
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
-        if _under_way:
-            _forget_ended()
         _under_way[self.address] = self.overlapped, self.arguments
         started = self.function(self.handle, *self.arguments, self.overlapped)
         error = 0 if started else _last_error()
@@ -1466,6 +1465,8 @@ class Pipe(io.RawIOBase):
         Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
         close() sees to it. Raises ResponseTimeoutError if the deadline came first.
         """
+        if _under_way:
+            _forget_ended()
         operation = _Operation(self._open_handle(), function, *arguments)
         self._operations.append(operation)
         timed_out = False

@@ -79,19 +79,15 @@ MISTAKES: list[Mistake] = [
     Mistake(
         "the buffer lives as long as the operation",
         "        self.arguments = arguments\n",
-        "        self.arguments = ()\n"
-        "        start = getattr(_kernel32, function)\n"
-        "        import ctypes as c\n"
         "        self.arguments = tuple(\n"
-        "            type(a)() if isinstance(a, c.Array) else a for a in arguments\n"
-        "        )\n"
-        "        del start\n",
+        "            type(a)() if isinstance(a, ctypes.Array) else a for a in arguments\n"
+        "        )\n",
     ),
     # A pipe.
     Mistake(
         "close() ends what is under way",
-        "        for operation in list(self._operations):\n            operation.end()\n",
-        "",
+        "            operation.end()\n            # Ctrl-C has kept",
+        "            # Ctrl-C has kept",
     ),
     Mistake(
         "close() skips nothing that is under way",

@@ -153,7 +153,11 @@ def _sleeper(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
         peer.sleep(draw.choice((0.05, 0.4, 0.8)))
-        _ask_deafly(peer, handle, request, 2.0)
+        if draw.random() < 0.5:
+            peer.write(handle, b"[1]")
+            peer.sleep(3.0)
+        else:
+            _ask_deafly(peer, handle, request, 2.0)
 
 
 def _ask_deafly(peer: Peer, handle: int, request: Request, seconds: float) -> None:
@@ -483,6 +487,10 @@ class Plumbing:
         self.ends_by = draw.choice(ends)
         self.deadline = draw.choice((0.0, 0.05, 0.3, None))
         self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
+        if self.ends_by == "close_write under close":
+            # What is written fits, but is not read: the flush can only be cancelled.
+            self.peer.quotas = (0, 4096)
+            self.peer_reads, self.peer_waits = 0, 3.0
         self.received = b""
         self.arrived = b""
         self.threads: list[Task] = []
