@@ -31,7 +31,6 @@ import logging
 import math
 import os
 import pickle
-import queue
 import random
 import re
 import subprocess
@@ -2772,11 +2771,12 @@ class ManyClientsTest(ServerCase):
 
     def test_one_client_may_wait_and_others_see_busy_but_never_not_found(self) -> None:
         handler = HeldHandler()
-        self.start_server(handler)
+        server = self.start_server(handler)
         first = self.dial_and_write(wire("first"))
         self.assertTrue(handler.entered.wait(LONG))
         second = self.dial_and_write(wire("second"))
-        self.wait_until_busy()
+        service = server._serving["service"]
+        self.wait_until(lambda: len(service._at_handler) == 2 and not service._offered)
         for connect_timeout in [0] * 20 + [0.2]:
             self.caught(PipeBusyError, self.issue, connect_timeout=connect_timeout)
         handler.go_on.set()
@@ -3857,7 +3857,7 @@ class FuzzedServerTest(ServerCase):
 TRACED = {"vmshim.py", "threading.py", "queue.py"}
 
 PEER = """
-import sys, time, _thread
+import os, sys, time, _thread
 sys.path.insert(0, sys.argv[1])
 import vmshim
 
@@ -3871,6 +3871,7 @@ for name, handler in handlers.items():
 busy = vmshim.VMShimServer(sys.argv[2] + "busy", print)
 print("ready", flush=True)
 sys.stdin.read()
+os._exit(0)
 """
 
 
@@ -3895,6 +3896,16 @@ class Peer:
             self.process.kill()
 
 
+def persist(call: Callable[[], object]) -> None:
+    """Call a function again as often as a KeyboardInterrupt comes out of it."""
+    while True:
+        try:
+            call()
+            return
+        except KeyboardInterrupt:
+            pass
+
+
 class Interrupter:
     """Raises KeyboardInterrupt in the calling thread before the n-th bytecode of vmshim.py.
 
@@ -3909,6 +3920,7 @@ class Interrupter:
         self.count = 0
         self.place = ""
         self.raised_at = math.inf
+        self.has_interrupted_again = False
 
     def run(self, call: Callable[[], object]) -> None:
         sys.settrace(self.trace)
@@ -3941,6 +3953,18 @@ class Interrupter:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt)
         )
+        self.has_interrupted_again = True
+
+    def await_second(self) -> None:
+        """Wait until the second one has come: later it would hit another thread."""
+        while self.twice and self.place and not self.has_interrupted_again:
+            time.sleep(0.001)
+
+
+def wait_for(condition: Callable[[], object], deadline: float) -> None:
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def succeeding_request(peer: Peer) -> None:
@@ -3999,7 +4023,7 @@ def life_of_a_server(peer: Peer) -> None:
     """Serve clients in all states, until the handler stops the server."""
     path = new_pipe_path()
     kinds = ["silent", "half", "garbage", "gone", "unread", "ok", "refused", "failing", "last"]
-    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    left: list[str] = []
 
     def handle(request: VMRequest) -> None:
         if request.id == "refused":
@@ -4023,7 +4047,7 @@ def life_of_a_server(peer: Peer) -> None:
         except vmshim.VMShimError:
             pass
         finally:
-            left.put(kind)
+            left.append(kind)
 
     begun = []
     server = None
@@ -4036,12 +4060,11 @@ def life_of_a_server(peer: Peer) -> None:
     finally:
         sys.settrace(None)
         if server:
-            server.close()  # Ctrl-C may have come in the middle of it
+            persist(server.close)  # Ctrl-C may have come in the middle of it
         # Every client that has begun gets its end, without help.
-        for _ in begun:
-            left.get(timeout=LONG)
-        with VMShimServer(path, handle):
-            pass
+        deadline = time.monotonic() + LONG
+        persist(lambda: wait_for(lambda: len(left) >= len(begun), deadline))
+        persist(lambda: VMShimServer(path, handle).close())
 
 
 SCENARIOS = (
@@ -4098,13 +4121,11 @@ class Interruptions:
                     interrupter.run(lambda: scenario(self.peer))
                 finally:
                     ended_at[0] = time.monotonic()
-                raised.append("")
             except KeyboardInterrupt:
-                raised.append("")
+                pass
             except BaseException as error:
                 raised.append(f"{error!r} came out")
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(0.005 if twice else 0)  # the second one may still come
+            persist(interrupter.await_second)
 
         threads = self.count_threads()
         thread = threading.Thread(target=call, daemon=True)
@@ -4113,7 +4134,7 @@ class Interruptions:
         if thread.is_alive():
             wrong = "hangs"
         else:
-            wrong = raised[0] or self.leftovers(threads, first=point == 0)
+            wrong = "".join(raised) or self.leftovers(threads, first=point == 0)
         seconds = max(0.0, ended_at[0] - interrupter.raised_at)
         return Interrupted(not interrupter.place, seconds, wrong, interrupter.place)
 

@@ -1588,7 +1588,7 @@ def issue_vm_request(
         failure = error
         raise
     finally:
-        if "logging" in sys.modules:
+        if _is_debugging():
             outcome = f"{type(failure).__name__}: {str(failure)[:200]}" if failure else "done"
             milliseconds = (time.monotonic() - started) * 1000
             text = "%s: %r %s: %s (%.1f ms)"
@@ -1609,9 +1609,14 @@ def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
     return _read_response(pipe, max_response)
 
 
+def _is_debugging() -> bool:
+    # If nobody has imported logging, nobody reads debug lines: skip the slow import.
+    logging = sys.modules.get("logging")
+    return logging is not None and bool(logging.getLogger("vmshim").isEnabledFor(10))
+
+
 def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> None:
-    # If nobody has imported logging, nobody reads debug lines: skip the slow import. Warnings and
-    # errors are always logged.
+    # Nobody has imported logging: only warnings and errors are worth the slow import.
     if "logging" in sys.modules or level in ("warning", "error"):
         import logging
 
@@ -2592,10 +2597,12 @@ def _run_command(words: list[str]) -> int:
 
 def _suggest(parser: argparse.ArgumentParser, word: str) -> None:
     """Refuse an unknown command, and name a similar one."""
+    if word in _COMMANDS:
+        return
     from difflib import get_close_matches
 
     similar = get_close_matches(word, _COMMANDS, 1)
-    if similar and word not in _COMMANDS:
+    if similar:
         raise _UsageError(parser, f"unknown command {word!r}; did you mean '{similar[0]}'?")
 
 
@@ -2609,18 +2616,25 @@ def _make_parser() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: Any = None) -> None:
             _print(message.rstrip("\n"))
 
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            # argparse would import shutil at every start, to ask for the terminal's width.
+            super().__init__(prog, width=78)
+
     parser = Parser(
         prog="vmshim.py",
         description="Talk to a runhcs VM shim.",
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add_command(name: str, run: Callable[[Any], int], text: str, example: str) -> Any:
         example = f"example: vmshim.py {name} {example}".rstrip()
-        command = commands.add_parser(name, help=text, description=text, epilog=example)
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=example, formatter_class=Formatter
+        )
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -2915,20 +2929,22 @@ class _WaitDisplay:
     """Shows the seconds on stderr, if that is a terminal, while a wait lasts over a second."""
 
     def __init__(self) -> None:
-        from queue import SimpleQueue
-
-        self._stop: SimpleQueue[bool] = SimpleQueue()
+        self._stop: SimpleQueue[bool] | None = None
         self._has_begun = False
         self._has_ended = False
 
     def start(self) -> None:
         """Start to count, in a thread."""
         if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
+            from queue import SimpleQueue
+
+            self._stop = SimpleQueue()
             _thread.start_new_thread(self._count, ())
 
     def stop(self) -> None:
         """Remove the line, and wait for the end of the thread."""
-        self._stop.put(True)
+        if self._stop:
+            self._stop.put(True)
         while self._has_begun and not self._has_ended:
             time.sleep(0.01)
 
@@ -2937,7 +2953,7 @@ class _WaitDisplay:
         started = time.monotonic()
         line = ""
         try:
-            while not _get(self._stop, 1.0):
+            while self._stop and not _get(self._stop, 1.0):
                 line = f"waiting for the VM shim: {time.monotonic() - started:.0f} s"
                 print(f"\r{line}", end="", file=sys.stderr, flush=True)
             if line:
