@@ -3620,6 +3620,26 @@ class ProcessOnAPipeTest(ServerCase):
         self.issue(connect_timeout=LONG)
         self.assertEqual(handler.carried_out, ["killed", "test"])
 
+    def test_program_ends_although_a_server_serves_in_a_thread(self) -> None:
+        code = f"""
+import _thread, sys
+sys.path.insert(0, {os.path.dirname(os.path.abspath(vmshim.__file__))!r})
+import vmshim
+def fail(request):
+    raise ValueError("a bug")
+server = vmshim.VMShimServer({self.path!r}, fail)
+_thread.start_new_thread(server.serve_forever, ())
+try:
+    vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"), connect_timeout=30)
+except vmshim.ShimError:
+    print("refused")
+"""
+        process = self.enter(start_python(code))
+        self.addCleanup(process.kill)
+        out, err = process.communicate(timeout=LONG)
+        self.assertEqual((out.split(), process.returncode), ([b"refused"], 0))
+        self.assertIn(b"a bug", err)
+
     def test_library_prints_nothing_and_imports_no_logging(self) -> None:
         self.start_server(refuse)
         code = f"""
@@ -3870,7 +3890,10 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=LONG)
+        finally:
+            self.process.kill()
 
 
 def persist(call: Callable[[], object]) -> None:
