@@ -1902,6 +1902,11 @@ class VMShimServer:
         self.request_timeout = request_timeout
         self.max_clients = max_clients
         self._listener = _Listener(pipe_path, _parse_security(security_descriptor))
+        # Not in the thread that serves: queue imports threading, which takes the first thread that
+        # imports it for the main thread, and Python waits for that one at its end.
+        from queue import SimpleQueue
+
+        self._new_queue = SimpleQueue
         self._stopping = False
         self._closed = False
         # At most one, which its I/O thread enters and removes.
@@ -2075,12 +2080,11 @@ class _Service:
 
     def __init__(self, server: VMShimServer) -> None:
         from collections import OrderedDict, deque
-        from queue import SimpleQueue
 
         self._server = server
         self._handler_thread = _thread.get_ident()
-        self._requests: SimpleQueue[_Client | None] = SimpleQueue()
-        self._responses: SimpleQueue[tuple[_Client, bytes]] = SimpleQueue()
+        self._requests: SimpleQueue[_Client | None] = server._new_queue()
+        self._responses: SimpleQueue[tuple[_Client, bytes]] = server._new_queue()
         # What the I/O thread wants logged: logging may block, and belongs into the other thread.
         self._notes: deque[tuple[Any, ...]] = deque(maxlen=1000)
         self._failure: BaseException | None = None
