@@ -251,7 +251,8 @@ def _check_pipe_path(path: str) -> None:
     # Windows takes a path that begins with \\?\ as it is.
     if parts[2] == "?":
         return
-    if "/" in path or any(not part or part[-1] in ". " for part in parts[4].split("\\")):
+    name = f"\\{parts[4]}\\"
+    if any(odd in name for odd in ("/", "\\\\", ".\\", " \\")):
         raise ValueError(
             f"not a pipe path: Windows would change {path!r} before it looks for the pipe; a name "
             "must have no /, and no part of it may be empty or end in a dot or a space"
@@ -1190,7 +1191,7 @@ def _last_error() -> int:
 _SLICE = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
-_Chunk = ctypes.c_char * 16384
+_Chunk = ctypes.c_char * 4096
 """The buffer of a read."""
 
 _NOT_STARTED = 1
@@ -1212,23 +1213,24 @@ class _Operation:
         *("overlapped", "thread"),
     )
 
-    def __init__(
-        self, handle: _Handle | None, function: Any, *arguments: Any, event: _Handle | None = None
-    ) -> None:
+    def __init__(self, handle: _Handle | None, function: Any, *arguments: Any) -> None:
         self.handle = handle
+        self.event: _Handle | None = None
         self.function = function
         self.arguments = arguments
-        self.event = event
-        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and event.value)
+        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)
         self.address = ctypes.addressof(self.overlapped)
         self.count = DWORD()
         self.thread = _thread.get_ident()
         self._is_started = False
 
+    def signal_by(self, event: _Handle) -> None:
+        """Have Windows signal an event at its end, and not the pipe's own handle."""
+        self.event = event
+        self.overlapped.hEvent = event.value
+
     def start(self) -> int:
         """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
-        if _under_way:
-            _forget_ended()
         _under_way[self.address] = self.overlapped, self.arguments
         started = self.function(self.handle, *self.arguments, self.overlapped)
         error = 0 if started else _last_error()
@@ -1278,7 +1280,7 @@ def _forget_ended() -> None:
             _under_way.pop(address, None)
 
 
-_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
+_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
 
 
 class _Flush:
@@ -1463,12 +1465,16 @@ class Pipe(io.RawIOBase):
         Ctrl-C is seen within 100 ms. However this is left, Windows has let go of the memory, or
         close() sees to it. Raises ResponseTimeoutError if the deadline came first.
         """
-        operation = _Operation(
-            self._open_handle(), function, *arguments, event=self._new_event_if_needed()
-        )
+        if _under_way:
+            _forget_ended()
+        operation = _Operation(self._open_handle(), function, *arguments)
         self._operations.append(operation)
         timed_out = False
         try:
+            # The pipe's own handle can signal one operation only. Where one is under way at a time,
+            # as it mostly is, that saves an event.
+            if self._operations[0] is not operation:
+                operation.signal_by(self._new_event())
             error = operation.start() or ERROR_IO_INCOMPLETE
             while error in _UNFINISHED:
                 seconds = self.deadline - time.monotonic()
@@ -1486,13 +1492,7 @@ class Pipe(io.RawIOBase):
             error = WAIT_TIMEOUT
         return error, operation.count.value
 
-    def _new_event_if_needed(self) -> _Handle | None:
-        """Return what Windows signals at an operation's end; None is the pipe's own handle.
-
-        That saves an event where one operation is under way at a time, as it mostly is.
-        """
-        if not self._operations:
-            return None
+    def _new_event(self) -> _Handle:
         event: _Handle = _kernel32.CreateEventW(None, True, False, None)
         if not event.value:
             raise _exchange_error(_last_error(), self.name)
@@ -1588,7 +1588,7 @@ def issue_vm_request(
         failure = error
         raise
     finally:
-        if "logging" in sys.modules:
+        if _is_debugging():
             outcome = f"{type(failure).__name__}: {str(failure)[:200]}" if failure else "done"
             milliseconds = (time.monotonic() - started) * 1000
             text = "%s: %r %s: %s (%.1f ms)"
@@ -1609,9 +1609,14 @@ def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
     return _read_response(pipe, max_response)
 
 
+def _is_debugging() -> bool:
+    # If nobody has imported logging, nobody reads debug lines: skip the slow import.
+    logging = sys.modules.get("logging")
+    return logging is not None and bool(logging.getLogger("vmshim").isEnabledFor(10))
+
+
 def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> None:
-    # If nobody has imported logging, nobody reads debug lines: skip the slow import. Warnings and
-    # errors are always logged.
+    # Nobody has imported logging: only warnings and errors are worth the slow import.
     if "logging" in sys.modules or level in ("warning", "error"):
         import logging
 
@@ -2592,10 +2597,12 @@ def _run_command(words: list[str]) -> int:
 
 def _suggest(parser: argparse.ArgumentParser, word: str) -> None:
     """Refuse an unknown command, and name a similar one."""
+    if word in _COMMANDS:
+        return
     from difflib import get_close_matches
 
     similar = get_close_matches(word, _COMMANDS, 1)
-    if similar and word not in _COMMANDS:
+    if similar:
         raise _UsageError(parser, f"unknown command {word!r}; did you mean '{similar[0]}'?")
 
 
@@ -2609,18 +2616,25 @@ def _make_parser() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: Any = None) -> None:
             _print(message.rstrip("\n"))
 
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            # argparse would import shutil at every start, to ask for the terminal's width.
+            super().__init__(prog, width=78)
+
     parser = Parser(
         prog="vmshim.py",
         description="Talk to a runhcs VM shim.",
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add_command(name: str, run: Callable[[Any], int], text: str, example: str) -> Any:
         example = f"example: vmshim.py {name} {example}".rstrip()
-        command = commands.add_parser(name, help=text, description=text, epilog=example)
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=example, formatter_class=Formatter
+        )
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -2915,20 +2929,22 @@ class _WaitDisplay:
     """Shows the seconds on stderr, if that is a terminal, while a wait lasts over a second."""
 
     def __init__(self) -> None:
-        from queue import SimpleQueue
-
-        self._stop: SimpleQueue[bool] = SimpleQueue()
+        self._stop: SimpleQueue[bool] | None = None
         self._has_begun = False
         self._has_ended = False
 
     def start(self) -> None:
         """Start to count, in a thread."""
         if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
+            from queue import SimpleQueue
+
+            self._stop = SimpleQueue()
             _thread.start_new_thread(self._count, ())
 
     def stop(self) -> None:
         """Remove the line, and wait for the end of the thread."""
-        self._stop.put(True)
+        if self._stop:
+            self._stop.put(True)
         while self._has_begun and not self._has_ended:
             time.sleep(0.01)
 
@@ -2937,7 +2953,7 @@ class _WaitDisplay:
         started = time.monotonic()
         line = ""
         try:
-            while not _get(self._stop, 1.0):
+            while self._stop and not _get(self._stop, 1.0):
                 line = f"waiting for the VM shim: {time.monotonic() - started:.0f} s"
                 print(f"\r{line}", end="", file=sys.stderr, flush=True)
             if line:

@@ -1,15 +1,22 @@
 """Measure vmshim side by side with what one would write instead: `python3 .ci/bench.py`.
 
-Everything is measured in one run, interleaved, against one server process that is nobody's own
-code: plain kernel32. Only the ratios mean anything elsewhere. It prints the README's table. On
-Linux it fetches pywin32 and goes on under Wine.
+A call to Wine's server costs several times as much when it runs on another core, as the scheduler
+pleases. So everything is pinned to one core: this script, all that it starts, and a wineserver of
+its own, with a prefix of its own (`pinned` in wine-python's cache). It prints the README's table.
+Only ratios mean anything elsewhere, and none is printed without the pinning.
+
+The server under the requests is nobody's own code: plain kernel32, with buffers of 0, as the
+reference's. `peers/` has what is measured beside vmshim.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import ctypes
+import functools
+import glob
+import importlib
+import io
 import json
 import os
 import platform
@@ -24,31 +31,64 @@ import time
 import tracemalloc
 import uuid
 from ctypes import wintypes
-from typing import Any, Callable, NamedTuple
-from unittest import mock
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, TypeVar
 
 import under_wine
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import bench_profile
+
 import vmshim  # the one beside us, wherever we are started
 
+PEERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "peers")
 PYWIN32 = "pywin32==311"
 REQUEST = vmshim.VMRequest("c8d6f0", "unmount")
-MESSAGE = REQUEST.to_json()
+COMMAND = ("unmount", "--pipe")
 
+Samples = Dict[str, List[float]]
+Rows = List["Row"]
+
+
+# ---- On Linux: pin, and go on under Wine --------------------------------------------------------
+
+
+def go_on_under_wine(arguments: list[str], core: int) -> int:
+    """Run this script on Windows' Python, everything on one core."""
+    wheel = under_wine.unpack_wheel(PYWIN32)  # it fills the common cache, Python included
+    cache = subprocess.check_output([under_wine.WINE_PYTHON, "--cache"], text=True).strip()
+    pinned = os.path.join(cache, "pinned")
+    os.makedirs(pinned, exist_ok=True)
+    for folder in glob.glob(os.path.join(cache, "python-3*")) + glob.glob(cache + "/wheel-*"):
+        link = os.path.join(pinned, os.path.basename(folder))
+        if not os.path.lexists(link):
+            os.symlink(os.path.join("..", os.path.basename(folder)), link)
+    if "--unpinned" not in arguments:
+        # Whatever we start inherits this.
+        taskset = ["taskset", "-cp", str(core), str(os.getpid())]
+        if subprocess.run(taskset, stdout=subprocess.DEVNULL).returncode != 0:
+            sys.exit(f"can't pin to core {core}; --unpinned measures without")
+        arguments = [*arguments, "--pinned", f"core {core}"]
+    os.environ["VMSHIM_CACHE"] = pinned
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    stop = [under_wine.WINE_PYTHON, "--stop"]
+    run = [under_wine.WINE_PYTHON, "--python", under_wine.VERSION]
+    # A wineserver that still ran could be on another core.
+    subprocess.run(stop, stderr=subprocess.DEVNULL, check=True)
+    try:
+        imports = [] if "--profile" in arguments else ["--linux", json.dumps(measure_imports())]
+        script = os.path.relpath(__file__)
+        return subprocess.run([*run, script, "--wheel", wheel, *imports, *arguments]).returncode
+    finally:
+        subprocess.run(stop, stderr=subprocess.DEVNULL)
+
+
+# ---- The server ---------------------------------------------------------------------------------
 
 if sys.platform == "win32":
     kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
     HANDLE, DWORD, LPVOID, LPDWORD = (
-        wintypes.HANDLE,
-        wintypes.DWORD,
-        wintypes.LPVOID,
-        wintypes.LPDWORD,
-    )
-    kernel32.CreateFileW.restype = HANDLE
-    kernel32.CreateFileW.argtypes = (
-        *(wintypes.LPCWSTR, DWORD, DWORD, LPVOID, DWORD, DWORD, HANDLE),
+        *(wintypes.HANDLE, wintypes.DWORD, wintypes.LPVOID, wintypes.LPDWORD),
     )
     kernel32.CreateNamedPipeW.restype = HANDLE
     kernel32.CreateNamedPipeW.argtypes = (wintypes.LPCWSTR, *[DWORD] * 6, LPVOID)
@@ -57,22 +97,24 @@ if sys.platform == "win32":
     kernel32.ConnectNamedPipe.argtypes = (HANDLE, LPVOID)
     kernel32.FlushFileBuffers.argtypes = (HANDLE,)
     kernel32.CloseHandle.argtypes = (HANDLE,)
+    kernel32.GetCurrentProcess.restype = HANDLE
+    kernel32.SetProcessAffinityMask.argtypes = (HANDLE, ctypes.c_size_t)
 
 
-# ---- The server --------------------------------------------------------------------------------
+def serve(path: str, instances: int, buffers: int, answer: bytes, re_offer: float) -> None:
+    """Answer each request as the reference does, on so many instances at once, until stdin ends.
 
-
-def serve(path: str, instances: int, answer: bytes) -> None:
-    """Answer each request as the reference does, on so many instances at once, until stdin ends."""
+    `re_offer` is how many seconds it takes, on average, until the next instance is offered; from
+    half of that to half as much again.
+    """
 
     def create_instance() -> int:
-        pipe: int = kernel32.CreateNamedPipeW(path, 3, 4, 255, 4096, 4096, 0, None)
+        pipe: int = kernel32.CreateNamedPipeW(path, 3, 4, 255, buffers, buffers, 0, None)
         return pipe
 
-    def answer_clients() -> None:
+    def answer_clients(pipe: int) -> None:
         buffer, count = ctypes.create_string_buffer(4096), DWORD()
         while True:
-            pipe = create_instance()
             kernel32.ConnectNamedPipe(pipe, None)
             if kernel32.ReadFile(pipe, buffer, 4096, ctypes.byref(count), None):
                 kernel32.WriteFile(pipe, answer, len(answer), ctypes.byref(count), None)
@@ -81,217 +123,245 @@ def serve(path: str, instances: int, answer: bytes) -> None:
                 while kernel32.ReadFile(pipe, buffer, 4096, ctypes.byref(count), None):
                     pass
             kernel32.CloseHandle(pipe)
+            if re_offer:
+                time.sleep(re_offer * random.uniform(0.5, 1.5))
+            pipe = create_instance()
 
     # An instance whose client is gone holds the name: between two turns clients see busy.
     create_instance()
     vmshim.dial_pipe(path).close()
     for _ in range(instances):
-        threading.Thread(target=answer_clients, daemon=True).start()
+        threading.Thread(target=answer_clients, args=(create_instance(),), daemon=True).start()
     print("ready", flush=True)
     sys.stdin.read()
     os._exit(0)
 
 
-class Server:
-    """That server, in a process of its own."""
+def serve_by_vmshim(path: str) -> None:
+    """Answer by our own server, until stdin ends."""
+    server = vmshim.VMShimServer(
+        path, lambda request: None, request_timeout=None, max_clients=10000
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
 
-    def __init__(self, instances: int, error_length: int = 0) -> None:
-        self.path = rf"\\.\pipe\vmshim-bench-{uuid.uuid4()}"
-        self.process = run_aside("serve", self.path, str(instances), str(error_length))
+
+AsideType = TypeVar("AsideType", bound="Aside")
+
+
+class Aside:
+    """This script in a process of its own, for one of its tasks; it ends with the `with` block."""
+
+    def __init__(self, task: str, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, task, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self.receive()
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def receive(self) -> str:
         assert self.process.stdout
-        self.process.stdout.readline()
+        return self.process.stdout.readline()
 
-    def __enter__(self) -> str:
-        return self.path
+    def __enter__(self: AsideType) -> AsideType:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.process.communicate()
 
 
-def run_aside(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, __file__, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    )
+class Server(Aside):
+    """That server; `path` is its pipe."""
+
+    def __init__(
+        self, instances: int, *, buffers: int = 0, error_length: int = 0, re_offer: float = 0
+    ) -> None:
+        self.path = rf"\\.\pipe\vmshim-bench-{uuid.uuid4()}"
+        super().__init__("serve", self.path, instances, buffers, error_length, re_offer)
 
 
-# ---- The clients -------------------------------------------------------------------------------
-
-
-def vmshim_client(path: str) -> None:
-    vmshim.issue_vm_request(path, REQUEST)
-
-
-def bare_client(path: str) -> None:
-    """The least that can be done in ctypes: no deadline, no Ctrl-C, no busy pipe, no errors."""
-    pipe = kernel32.CreateFileW(path, 0xC0000000, 0, None, 3, 0, None)
-    count = DWORD()
-    kernel32.WriteFile(pipe, MESSAGE, len(MESSAGE), ctypes.byref(count), None)
-    buffer = ctypes.create_string_buffer(4096)
-    response = b""
-    while kernel32.ReadFile(pipe, buffer, 4096, ctypes.byref(count), None) and count.value:
-        response += buffer.raw[: count.value]
-    kernel32.CloseHandle(pipe)
-    assert response == b"\0OK\0", response
-
-
-def open_client(path: str) -> None:
-    with open(path, "r+b", buffering=0) as pipe:
-        pipe.write(MESSAGE)
-        response = b"".join(iter(lambda: pipe.read(4096), b""))
-    assert response == b"\0OK\0", response
-
-
-PYWIN32_CLIENT = r"""
-import json
-import sys
-
-import pywintypes
-import win32file
-
-
-def issue(path, id, op):
-    pipe = win32file.CreateFile(
-        path,
-        win32file.GENERIC_READ | win32file.GENERIC_WRITE,
-        0,
-        None,
-        win32file.OPEN_EXISTING,
-        0,
-        None,
-    )
-    try:
-        request = json.dumps({"ID": id, "Op": op}, separators=(",", ":")) + "\n"
-        win32file.WriteFile(pipe, request.encode())
-        response = b""
-        while True:
-            try:
-                _, data = win32file.ReadFile(pipe, 4096)
-            except pywintypes.error as error:
-                if error.winerror == 109:
-                    break
-                raise
-            if not data:
-                break
-            response += data
-    finally:
-        win32file.CloseHandle(pipe)
-    if response != b"\0OK\0":
-        raise RuntimeError(response)
-
-
-if __name__ == "__main__":
-    issue(sys.argv[1], "c8d6f0", "unmount")
-"""
-
-VMSHIM_SCRIPT = """
-import sys
-import vmshim
-
-vmshim.issue_vm_request(sys.argv[1], vmshim.VMRequest("c8d6f0", "unmount"))
-"""
-
-
-# ---- Measuring ---------------------------------------------------------------------------------
+# ---- Measuring ----------------------------------------------------------------------------------
 
 
 class Spread:
-    """The median of some measurements, and the quartiles around it."""
+    """The median of some measurements, in milliseconds, and the quartiles around it."""
 
-    def __init__(self, values: list[float]) -> None:
+    def __init__(self, seconds: list[float]) -> None:
+        values = [1000 * value for value in seconds]
         self.low, self.median, self.high = statistics.quantiles(values, n=4)
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ms ({self.low:.2f}-{self.high:.2f})"
+        digits = 1 if self.median >= 10 else 3
+        low, median, high = (f"{ms:.{digits}f}" for ms in (self.low, self.median, self.high))
+        return f"{median} ms ({low} to {high})"
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, block: int
-) -> dict[str, Spread]:
+class Row(NamedTuple):
+    """A row of the table: what is measured, ours, what stands beside it, and what was to be."""
+
+    what: str
+    ours: object
+    other: object
+    ratio: float
+    goal: str
+
+
+def beside(what: str, samples: Samples, ours: str, other: str, goal: str) -> Row:
+    mine, theirs = Spread(samples[ours]), Spread(samples[other])
+    return Row(what, mine, theirs, mine.median / theirs.median, goal)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, block: int = 5) -> Samples:
     """Time each call in blocks, in an order that changes every round."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    samples: Samples = {name: [] for name in calls}
+    for turn in range(rounds + 1):
         for name in random.sample(list(calls), len(calls)):
             started = time.perf_counter()
             for _ in range(block):
                 calls[name]()
-            taken[name].append((time.perf_counter() - started) * 1000 / block)
-    return {name: Spread(values) for name, values in taken.items()}
+            if turn:
+                samples[name].append((time.perf_counter() - started) / block)
+    return samples
 
 
-def measure_requests(win32: list[str], rounds: int) -> dict[str, Spread]:
-    sys.path[:0] = win32
-    pywin32: dict[str, Any] = {"__name__": "pywin32_client"}
-    exec(PYWIN32_CLIENT, pywin32)
-    with Server(instances=4) as path:
-        calls: dict[str, Callable[[], object]] = {
-            "vmshim": lambda: vmshim_client(path),
-            "bare ctypes": lambda: bare_client(path),
-            "open()": lambda: open_client(path),
-            "pywin32": lambda: pywin32["issue"](path, "c8d6f0", "unmount"),
-        }
-        return interleaved(calls, rounds, 25)
+NAMES = {
+    "bare_ctypes": "bare ctypes",
+    "pywin32": "pywin32",
+    "plain_open": 'open(path, "r+b")',
+    "winapi": "`_winapi`",
+    "mp_client": "multiprocessing's Client",
+}
+REQUESTS = (
+    ("request", "a whole request", "bare_ctypes", "1.10"),
+    ("request", "a whole request", "pywin32", "1.10"),
+    ("request", "a whole request", "plain_open", "0.92"),
+    ("exchange", "dial, write, read, close", "bare_ctypes", "1.08"),
+    ("exchange", "dial, write, read, close", "winapi", "1.12"),
+    ("exchange", "dial, write, read, close", "mp_client", "0.80"),
+)
 
 
-def measure_processes(folder: str, win32: list[str], rounds: int) -> dict[str, Spread]:
-    """Time whole processes: cold starts with one request, and bare imports."""
-    scripts = {"vmshim script": VMSHIM_SCRIPT, "pywin32 script": PYWIN32_CLIENT, "no script": ""}
-    scripts["import vmshim"] = imported("vmshim")
-    scripts["import baseline"] = imported("ctypes, json, uuid")
+def measure_requests(rounds: int) -> Rows:
+    sys.path.insert(0, PEERS)
+    peers = {
+        name: importlib.import_module(name)
+        for name in ("ours", "bare_ctypes", "pywin32", "plain_open", "winapi", "mp_client")
+    }
+    rows: Rows = []
+    for buffers in 0, 4096:
+        with Server(instances=4, buffers=buffers) as server:
+            calls = {
+                f"{name} {kind}": functools.partial(getattr(peer, kind), server.path)
+                for name, peer in peers.items()
+                for kind in ("request", "exchange")
+                if hasattr(peer, kind)
+            }
+            samples = interleaved(calls, rounds)
+        for kind, what, other, goal in REQUESTS:
+            what = f"{what} / {NAMES[other]}"
+            if buffers:
+                what, goal = f"{what}, buffers of {buffers:,}", ""
+            rows.append(beside(what, samples, f"ours {kind}", f"{other} {kind}", goal))
+    return rows
+
+
+def measure_processes(folder: str, paths: list[str], rounds: int) -> Rows:
+    """Time whole processes, each with its modules compiled and in the disk's cache."""
     shutil.copy(vmshim.__file__, folder)
-    for name, code in scripts.items():
-        with open(os.path.join(folder, name + ".py"), "w") as file:
-            file.write(code)
-    # All find their modules compiled, as on a second start, and look for them nowhere else.
+    for script in glob.glob(os.path.join(PEERS, "*.py")):
+        shutil.copy(script, folder)
     environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": ""}
-    with_pywin32 = {**environment, "PYTHONPATH": ";".join(win32)}
-    taken: dict[str, list[float]] = {name: [] for name in scripts}
-    with Server(instances=4) as path:
-        for turn in range(rounds + 1):
-            for name in random.sample(list(scripts), len(scripts)):
-                script = os.path.join(folder, name + ".py")
-                started = time.perf_counter()
-                output = subprocess.run(
-                    [sys.executable, script, path],
-                    env=with_pywin32 if name == "pywin32 script" else environment,
-                    stdout=subprocess.PIPE,
-                    check=True,
-                ).stdout
-                seconds = float(output) if output else time.perf_counter() - started
-                if turn:
-                    taken[name].append(seconds * 1000)
-    return {name: Spread(values) for name, values in taken.items()}
+    with_pywin32 = {**environment, "PYTHONPATH": ";".join([folder, *paths])}
+    with Server(instances=4) as server:
+        calls: dict[str, Callable[[], object]] = {}
+
+        def add(name: str, *arguments: str) -> None:
+            env = with_pywin32 if name == "pywin32" else environment
+            command = [sys.executable, *arguments]
+            calls[name] = lambda: subprocess.check_output(command, env=env)
+
+        add("empty", "-c", "pass")
+        for name in "ours", "bare_ctypes", "pywin32", "mp_client":
+            add(name, os.path.join(folder, name + ".py"), server.path)
+        words = (*COMMAND, server.path, REQUEST.id)
+        add("command", os.path.join(folder, "vmshim.py"), *words)
+        add("command -m", "-m", "vmshim", *words)
+        samples = interleaved(calls, rounds, 1)
+    what = "a cold script with one request"
+    return [
+        beside(f"{what} / by pywin32", samples, "ours", "pywin32", "0.75"),
+        beside(f"{what} / in bare ctypes, no checks", samples, "ours", "bare_ctypes", "1.4"),
+        beside(f"{what} / by multiprocessing's Client", samples, "ours", "mp_client", "0.70"),
+        beside(f"{what} / an empty one", samples, "ours", "empty", ""),
+        beside("`python vmshim.py unmount …` / that script", samples, "command", "ours", "1.35"),
+        beside("`python -m vmshim unmount …` / the same", samples, "command -m", "ours", ""),
+    ]
 
 
-def imported(modules: str) -> str:
-    return f"import time\nt = time.perf_counter()\nimport {modules}\nprint(time.perf_counter() - t)"
+def measure_imports(rounds: int = 25) -> Samples:
+    """Time the import of vmshim, and of the least that a script of one's own needs."""
+
+    def imported(modules: str) -> float:
+        folder = os.path.dirname(os.path.abspath(vmshim.__file__))
+        code = (
+            f"import sys, time; sys.path.insert(0, {folder!r}); started = time.perf_counter(); "
+            f"import {modules}; print(time.perf_counter() - started)"
+        )
+        # Without site, where what else is installed may import half of it before.
+        command = [sys.executable, "-E", "-s", "-S", "-c", code]
+        return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    samples: Samples = {"vmshim": [], "ctypes, json, uuid": []}
+    for turn in range(rounds + 1):
+        for modules in random.sample(list(samples), len(samples)):
+            seconds = imported(modules)
+            if turn:
+                samples[modules].append(seconds)
+    return samples
 
 
-def busy_client(kind: str, path: str, seconds: str) -> None:
-    """Send requests back to back for a while; print what came of it."""
+def import_row(system: str, samples: Samples) -> Row:
+    what = f"`import vmshim` / `import ctypes, json, uuid`, {system}"
+    return beside(what, samples, "vmshim", "ctypes, json, uuid", "0.85")
+
+
+# ---- A busy server ------------------------------------------------------------------------------
+
+
+def hurry() -> None:
+    """For each line on stdin, send requests back to back for a while; print what came of it."""
     print("ready", flush=True)
-    sys.stdin.readline()
-    end = time.monotonic() + float(seconds)
-    done, busy, longest = 0, 0, 0.0
-    while time.monotonic() < end:
-        started = time.monotonic()
-        try:
-            (sleeping_client if kind == "sleeper" else vmshim_client)(path)
-            done += 1
-        except vmshim.PipeBusyError:
-            busy += 1
-        longest = max(longest, time.monotonic() - started)
-    print(json.dumps([done, busy, longest]))
+    for line in sys.stdin:
+        kind, path, seconds = line.split()
+        send = send_sleeping if kind == "sleeper" else vmshim.issue_vm_request
+        end = time.monotonic() + float(seconds)
+        done, longest = 0, 0.0
+        while time.monotonic() < end:
+            started = time.monotonic()
+            try:
+                send(path, REQUEST)
+                done += 1
+            except vmshim.PipeBusyError:
+                pass
+            longest = max(longest, time.monotonic() - started)
+        print(json.dumps([done, longest]), flush=True)
 
 
-def sleeping_client(path: str) -> None:
+def send_sleeping(path: str, request: vmshim.VMRequest) -> None:
     """As vmshim, but with the reference's way to wait: 10 ms of sleep between two tries."""
     deadline = time.monotonic() + 2
     while True:
         try:
-            return vmshim.issue_vm_request(path, REQUEST, connect_timeout=0)
+            return vmshim.issue_vm_request(path, request, connect_timeout=0)
         except vmshim.PipeBusyError:
             if time.monotonic() >= deadline:
                 raise
@@ -299,122 +369,203 @@ def sleeping_client(path: str) -> None:
 
 
 class Busy(NamedTuple):
-    """What clients that hurry got out of a server with one instance."""
+    """What clients in a hurry got out of a server with one instance."""
 
     rate: float
     """Requests a second, of all clients together."""
     least: float
-    """What the unluckiest client got, beside their mean."""
+    """The least client's part of its share."""
     longest: float
     """The longest request, in seconds."""
-    gave_up: int
-    """How often a client met PipeBusyError."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.rate:.0f}/s; least client {self.least:.0%}, longest wait {self.longest:.2f} s, "
-            f"{self.gave_up} gave up"
-        )
+        return f"{self.rate:.0f}/s, least {self.least:.0%}, longest {self.longest:.2f} s"
 
 
-def measure_busy(kind: str, clients: int, seconds: float) -> Busy:
-    with Server(instances=1) as path:
-        processes = [run_aside("busy-client", kind, path, str(seconds)) for _ in range(clients)]
-        for process in processes:
-            assert process.stdout
-            process.stdout.readline()
-        for process in processes:
-            assert process.stdin
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        outcomes = [json.loads(process.communicate()[0]) for process in processes]
-    done, gave_up, longest = zip(*outcomes)
-    return Busy(sum(done) / seconds, min(done) / statistics.mean(done), max(longest), sum(gave_up))
+def measure_busy(seconds: float) -> Rows:
+    rows = []
+    clients = [Aside("hurry") for _ in range(16)]
+    try:
+        for re_offer in 0, 2, 10:
+            for count in 1, 4, 16:
+                both: list[Busy] = []
+                for kind in "vmshim", "sleeper":
+                    with Server(instances=1, re_offer=re_offer / 1000) as server:
+                        for client in clients[:count]:
+                            client.send(f"{kind} {server.path} {seconds}")
+                        outcomes = [json.loads(client.receive()) for client in clients[:count]]
+                    done, longest = zip(*outcomes)
+                    least = min(done) / max(1, statistics.mean(done))
+                    both.append(Busy(sum(done) / seconds, least, max(longest)))
+                what = f"busy, re-offer {re_offer} ms, {count} in a hurry / 10 ms sleeper"
+                waiting, sleeping = both
+                rows.append(
+                    Row(what, waiting, sleeping, waiting.rate / max(1, sleeping.rate), "≥ 8")
+                )
+    finally:
+        for client in clients:
+            client.process.communicate()
+    return rows
 
 
-def measure_memory() -> int:
-    """Return the most bytes that Python holds while an error of 1 MiB arrives."""
-    with Server(instances=1, error_length=1 << 20) as path:
-        for _ in range(2):
-            tracemalloc.start()
-            try:
+# ---- As the work grows --------------------------------------------------------------------------
+
+
+def measure_memory(length: int) -> tuple[float, float]:
+    """Return how long a refusal of so many bytes takes, and the most memory that Python holds."""
+    seconds, peak = 0.0, 0
+    with Server(instances=1, error_length=length) as server:
+        for _ in range(3):
+            started = time.perf_counter()
+            refused(server.path)
+            seconds = time.perf_counter() - started
+        tracemalloc.start()
+        refused(server.path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return seconds, peak / length
+
+
+def refused(path: str) -> None:
+    try:
+        vmshim.issue_vm_request(path, REQUEST)
+    except vmshim.ShimError:
+        return
+    raise AssertionError("not refused")
+
+
+def memory_of(process: Any) -> int:
+    """Return the private bytes of a process."""
+
+    class PROCESS_MEMORY_COUNTERS(ctypes.Structure):
+        _fields_ = [
+            ("cb", DWORD),
+            ("PageFaultCount", DWORD),
+            *((f"size{index}", ctypes.c_size_t) for index in range(8)),
+        ]
+
+    counters = PROCESS_MEMORY_COUNTERS()
+    counters.cb = ctypes.sizeof(counters)
+    kernel32.K32GetProcessMemoryInfo.argtypes = (HANDLE, LPVOID, DWORD)
+    kernel32.K32GetProcessMemoryInfo(int(process._handle), ctypes.byref(counters), counters.cb)
+    working_set: int = counters.size1
+    return working_set
+
+
+def measure_growth(seconds: float) -> list[str]:
+    """Return the rows of the second table."""
+    rows = []
+    for count in 1, 8, 64, 512:
+        path = rf"\\.\pipe\vmshim-bench-{uuid.uuid4()}"
+        with Aside("serve-by-vmshim", path) as server:
+            vmshim.issue_vm_request(path, REQUEST)
+            before = memory_of(server.process)
+            waiting = [vmshim.dial_pipe(path) for _ in range(count)]
+            done, end = 0, time.monotonic() + seconds
+            while time.monotonic() < end:
                 vmshim.issue_vm_request(path, REQUEST)
-            except vmshim.ShimError:
-                peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-    return peak
+                done += 1
+            kib = (memory_of(server.process) - before) / 1024 / count
+            for pipe in waiting:
+                pipe.close()
+        rate = f"{done / seconds:.0f} requests/s"
+        rows.append(f"| our server, {count} silent clients | {rate} | {kib:.1f} KiB a client |")
+    for kib in 1, 16, 256, 1024:
+        taken, held = measure_memory(kib * 1024)
+        time_taken = f"{taken * 1000:.2f} ms"
+        rows.append(f"| our client, an error of {kib:,} KiB | {time_taken} | {held:.2f} of it |")
+    return rows
 
 
-def count_calls() -> dict[str, int]:
-    """Return how often a request calls each Win32 function."""
-    counts: collections.Counter[str] = collections.Counter()
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            counts[name] += 1
-            return getattr(real, name)
-
-    real = vmshim._kernel32
-    with Server(instances=4) as path, mock.patch.object(vmshim, "_kernel32", Counting()):
-        vmshim_client(path)
-    return dict(counts)
+# ---- The table ----------------------------------------------------------------------------------
 
 
-def main(pywin32: str, rounds: int) -> None:
+def print_table(rows: Rows, mark: str) -> None:
+    print("| measured, medians (and quartiles) | vmshim | beside it | ratio | goal |")
+    print("| --- | --- | --- | --- | --- |")
+    for what, ours, other, ratio, goal in rows:
+        goal = f"≤ {goal}" if goal and not goal.startswith("≥") else goal
+        print(f"| {what} | {ours} | {other} | {ratio:.2f}{mark} | {goal} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=200, help="of requests; more is steadier")
+    parser.add_argument("--processes", type=int, default=25, help="cold starts of each kind")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each busy server")
+    parser.add_argument("--core", type=int, default=0, help="pin all to this one (Linux)")
+    parser.add_argument("--unpinned", action="store_true", help="measure unpinned, marked so")
+    parser.add_argument("--profile", action="store_true", help="print where a request's time goes")
+    parser.add_argument("--only", default="", help="a part: requests, processes, busy or growth")
+    for given in "--wheel", "--pinned", "--linux":  # by the part of this script that runs on Linux
+        parser.add_argument(given, default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if sys.platform != "win32":
+        sys.exit(go_on_under_wine(sys.argv[1:], options.core))
+    pinned = options.pinned
+    if not pinned and not options.unpinned:
+        if hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
+            sys.exit("the wineserver is not pinned: start this on Linux, `python3 .ci/bench.py`")
+        if not kernel32.SetProcessAffinityMask(kernel32.GetCurrentProcess(), 1):
+            sys.exit("can't pin to a core; --unpinned measures without")
+        pinned = "core 0"
     # As pywin32's own .pth file has it.
-    win32 = [pywin32, os.path.join(pywin32, "win32"), os.path.join(pywin32, "win32", "lib")]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = measure_processes(folder, win32, rounds)
-    requests = measure_requests(win32, rounds * 10)
-    busy: dict[tuple[str, int], list[Busy]] = collections.defaultdict(list)
-    for _ in range(3):
-        for clients in 1, 4, 16:
-            for kind in "vmshim", "sleeper":
-                busy[kind, clients].append(measure_busy(kind, clients, 2.0))
+    paths = (
+        [options.wheel + part for part in ("", r"\win32", r"\win32\lib")] if options.wheel else []
+    )
+    sys.path += paths
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="utf-8")
+    if options.profile:
+        with Server(instances=4) as server:
+            bench_profile.profile(
+                lambda: vmshim.issue_vm_request(server.path, REQUEST), options.rounds
+            )
+        return
 
-    print("| measured | vmshim | beside it | ratio |")
-    print("| --- | --- | --- | --- |")
-    ours = requests["vmshim"]
-    for name in "bare ctypes", "open()", "pywin32":
-        row(f"a request, beside {name}", ours, requests[name], ours.median / requests[name].median)
-    for what, mine, other in (
-        ("a script with one request, beside pywin32", "vmshim script", "pywin32 script"),
-        ("that script, beside an empty one", "vmshim script", "no script"),
-        ("import, beside `import ctypes, json, uuid`", "import vmshim", "import baseline"),
-    ):
-        ratio = processes[mine].median / processes[other].median
-        row(what, processes[mine], processes[other], ratio)
-    for clients in 1, 4, 16:
-        # The run in the middle of the three.
-        waiting, sleeping = (sorted(busy[kind, clients])[1] for kind in ("vmshim", "sleeper"))
-        row(
-            f"a busy server and {clients} in a hurry, beside a 10 ms sleeper",
-            *(waiting, sleeping, waiting.rate / sleeping.rate),
-        )
-    peak = measure_memory() / 2**20
-    row("held while a 1 MiB error arrives", f"{peak:.1f} MiB", "1.0 MiB", peak)
-    calls = ", ".join(f"{name} {count}" for name, count in count_calls().items())
-    print(f"\nWin32 calls of a request: {calls}")
+    rows: Rows = []
+    growth: list[str] = []
+
+    def wanted(part: str) -> bool:
+        return options.only in ("", part)
+
+    started = time.monotonic()
+    if wanted("requests"):
+        rows += measure_requests(options.rounds)
+    if wanted("processes"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure_processes(folder, paths, options.processes)
+        rows.append(import_row("Windows", measure_imports()))
+        if options.linux:
+            rows.append(import_row("Linux", json.loads(options.linux)))
+    if wanted("busy"):
+        rows += measure_busy(options.seconds)
+    if wanted("growth"):
+        _, held = measure_memory(1 << 20)
+        rows.append(Row("1 MiB error held / its size", f"{held:.2f} MiB", "1.00 MiB", held, "1.1"))
+        growth = measure_growth(options.seconds)
+    print_table(rows, "" if pinned else " (unpinned)")
+    if growth:
+        print("\n| as the work grows | | memory held |\n| --- | --- | --- |")
+        print("\n".join(growth))
+    where = f"everything pinned to {pinned}" if pinned else "NOT PINNED"
     print(
-        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores; Windows CPython "
-        f"{platform.python_version()}; {PYWIN32}; vmshim {vmshim.__version__}; {rounds} rounds"
+        f"\n{time.strftime('%Y-%m-%d')}; {where}; Windows CPython {platform.python_version()}; "
+        f"{PYWIN32}; vmshim {vmshim.__version__}; in {time.monotonic() - started:.0f} s"
     )
 
 
-def row(what: str, ours: object, other: object, ratio: float) -> None:
-    print(f"| {what} | {ours} | {other} | {ratio:.2f} |")
-
+TASKS: dict[str, Callable[..., None]] = {
+    "serve": lambda path, instances, buffers, length, re_offer: serve(
+        *(path, int(instances), int(buffers), b"x" * int(length) or vmshim.SHIM_SUCCESS),
+        float(re_offer),
+    ),
+    "serve-by-vmshim": serve_by_vmshim,
+    "hurry": hurry,
+}
 
 if __name__ == "__main__":
-    if sys.platform != "win32":
-        under_wine.go_on(__file__, "--pywin32", under_wine.unpack_wheel(PYWIN32), *sys.argv[1:])
-    elif sys.argv[1:2] == ["serve"]:
-        serve(sys.argv[2], int(sys.argv[3]), b"x" * int(sys.argv[4]) or vmshim.SHIM_SUCCESS)
-    elif sys.argv[1:2] == ["busy-client"]:
-        busy_client(*sys.argv[2:])
+    if sys.argv[1:] and sys.argv[1] in TASKS:
+        TASKS[sys.argv[1]](*sys.argv[2:])
     else:
-        parser = argparse.ArgumentParser(description=__doc__)
-        parser.add_argument("--pywin32", required=True, help="the folder with pywin32's wheel")
-        parser.add_argument("--rounds", type=int, default=20, help="more is steadier")
-        options = parser.parse_args()
-        main(options.pywin32, options.rounds)
+        main()

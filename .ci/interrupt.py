@@ -17,9 +17,8 @@ import re
 import subprocess
 import sys
 
-import under_wine
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
 ROUNDS_TO_WARM_UP = 6
 
@@ -52,7 +51,7 @@ def main(step: int, only: str, *, twice: bool) -> int:
                     break
             print(f"{scenario.__name__}: {points - before} points", flush=True)
     print(
-        f"Python {sys.version.split()[0]}: {points} points, {hangs} hangs, {wrong_ends} wrong ends, "
+        f"Python {sys.version.split()[0]}: {points} points, {hangs} hangs, {wrong_ends} wrong, "
         f"KeyboardInterrupt came out within {longest:.2f} s",
         flush=True,
     )
@@ -60,12 +59,11 @@ def main(step: int, only: str, *, twice: bool) -> int:
 
 
 def run_on_all(arguments: list[str]) -> int:
-    here = os.path.dirname(os.path.abspath(__file__))
-    lines = subprocess.check_output([os.path.join(here, "linux-python")], text=True).splitlines()
+    lines = subprocess.check_output([os.path.join(HERE, "linux-python")], text=True).splitlines()
     versions = [line.split()[0] for line in lines]
     statuses = [
         subprocess.call(
-            [os.path.join(here, "wine-python"), "--python", version, __file__, *arguments]
+            [os.path.join(HERE, "wine-python"), "--python", version, __file__, *arguments]
         )
         for version in dict.fromkeys((versions[0], versions[-1]))
     ]
@@ -84,7 +82,7 @@ if __name__ == "__main__":
         sys.stdout.flush()
         os._exit(status)  # a thread may hang
     elif options.python:
-        wine_python = os.path.join(under_wine.HERE, "wine-python")
+        wine_python = os.path.join(HERE, "wine-python")
         os.execv(wine_python, [wine_python, "--python", options.python, __file__, *sys.argv[1:]])
     else:
         sys.exit(run_on_all(sys.argv[1:]))

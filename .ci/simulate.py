@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 
@@ -28,7 +29,8 @@ def _find_tools() -> None:
         return
     requirements = os.path.join(HERE, "requirements.txt")
     with open(requirements, "rb") as file:
-        checksum = subprocess.run(["cksum"], stdin=file, stdout=subprocess.PIPE, check=True).stdout
+        named = f"Python {platform.python_version()}\n".encode() + file.read()
+    checksum = subprocess.run(["cksum"], input=named, stdout=subprocess.PIPE, check=True).stdout
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = os.environ.get("VMSHIM_CACHE") or os.path.join(cache, "vmshim")
     tools = os.path.join(cache, f"tools-{checksum.split()[0].decode()}")

@@ -2,19 +2,27 @@
 
 `python3 .ci/soak.py --seconds 20` (on Linux it goes on under Wine). In the first half of the time
 the server is killed and started again, too; in the second it lives, and must not grow. Each request
-has an ID of its own. The server's ledger says which were carried out, the clients' say what they
-were told, and at the end the two must agree.
+has an ID of its own. The server's ledger says which were carried out, the clients' say what
+they were told, and at the end the two must agree.
+
+Ctrl-C is one of the faults, for servers and clients. GenerateConsoleCtrlEvent needs a console, and
+under Wine without a display there is none (error 6). So a thread calls _thread.interrupt_main() at
+a random moment: it sets the flag that CPython's handler of a console's Ctrl-C sets.
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import collections
+import contextlib
 import ctypes
 import gc
 import io
 import json
+import logging
 import os
+import queue
 import random
 import subprocess
 import sys
@@ -32,6 +40,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import vmshim  # the one beside us, wherever we are started
 
 CLIENTS = 4
+WARM = 50  # requests, after which a client holds what it needs for good
 LONG = 60.0  # seconds; longer than anything takes, unless it hangs
 OPS = list(vmshim.VMRequestOp)
 
@@ -56,7 +65,7 @@ def entries(path: str) -> list[list[str]]:
 
 
 def serve(path: str, ledger_path: str) -> None:
-    """Serve until stdin ends; a line on stdin asks for what this process holds."""
+    """Serve until stdin ends. A line on stdin asks for what this process holds, or is Ctrl-C."""
     ledger = Ledger(ledger_path)
     chance = random.Random()
 
@@ -66,18 +75,26 @@ def serve(path: str, ledger_path: str) -> None:
             ledger.write("damaged", number)
         time.sleep(chance.choice([0, 0, 0, 0.001, 0.01]))
         if request.op == vmshim.VMRequestOp.SYNC_NAMESPACE:
-            raise RuntimeError("Not implemented" * chance.choice([1, 1, 1, 10000]))
+            raise vmshim.ShimError("Not implemented" * chance.choice([1, 1, 1, 4000]))
         ledger.write("done", number)
 
     def take_orders() -> None:
-        for _ in sys.stdin:
-            print(json.dumps(holdings()), flush=True)
+        for line in sys.stdin:
+            if line == "Ctrl-C\n":
+                time.sleep(chance.random() * 0.05)
+                _thread.interrupt_main()
+            else:
+                print(json.dumps(holdings()), flush=True)
         server.close()
 
+    logging.getLogger("vmshim").setLevel(logging.CRITICAL)
     with vmshim.VMShimServer(path, carry_out, request_timeout=2.0) as server:
-        threading.Thread(target=take_orders).start()
+        threading.Thread(target=take_orders, daemon=True).start()
         print("ready", flush=True)
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            ledger.write("interrupted", "server")
 
 
 def holdings() -> dict[str, int]:
@@ -129,33 +146,53 @@ def be_client(path: str, ledger_path: str, name: str, seconds: str) -> None:
     """Send requests and write down, for each, what its sender knows of it."""
     ledger = Ledger(ledger_path)
     chance = random.Random(name)
-    before = holdings()
+    before: dict[str, int] = {}
     end = time.monotonic() + float(seconds)
     number = 0
+    pressing: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+    presser = threading.Thread(target=press, args=(pressing,))
+    presser.start()
     while time.monotonic() < end:
         number += 1
         mark = f"{name}.{number}"
         request = new_request(chance, mark)
         timeout = chance.choice([None, None, None, 10.0, 0.02])
-        ledger.write("begun", mark)
-        ledger.write(outcome(path, request, timeout), mark)
+        try:
+            if number == WARM:
+                before = holdings()
+            ledger.write("begun", mark)
+            if chance.random() < 0.02:
+                pressing.put(chance.random() * 0.01)
+            ledger.write(outcome(path, request, timeout), mark)
+        except KeyboardInterrupt:
+            ledger.write("interrupted", "client")
+    with contextlib.suppress(KeyboardInterrupt):
+        pressing.put(None)
+        presser.join()
     after = holdings()
     for what in "threads", "lowest free handle":
-        if after[what] > before[what]:
+        if before and after[what] > before[what]:
             ledger.write("leak", f"{name}:{what},{before[what]},{after[what]}".replace(" ", "-"))
+
+
+def press(delays: queue.SimpleQueue[float | None]) -> None:
+    """Press Ctrl-C after each of these delays, in seconds, until None comes."""
+    for delay in iter(delays.get, None):
+        time.sleep(delay or 0.0)
+        _thread.interrupt_main()
 
 
 def outcome(path: str, request: vmshim.VMRequest, timeout: float | None) -> str:
     try:
         vmshim.issue_vm_request(path, request, connect_timeout=5.0, timeout=timeout)
-    except vmshim.ShimError as error:
-        return "refused" if error.response else "unknown"  # no answer: the server was killed
-    except vmshim.PipeBusyError:
-        return "unsent"
-    except FileNotFoundError:
+    except vmshim.ShimError:
+        return "refused"
+    except vmshim.PipeNotFoundError:
         time.sleep(0.05)  # until there is a server again
         return "unsent"
-    except (vmshim.ResponseTimeoutError, BrokenPipeError):
+    except vmshim.NotSentError:
+        return "unsent"
+    except vmshim.OutcomeUnknownError:
         return "unknown"
     return "done"
 
@@ -166,10 +203,9 @@ def be_doomed(path: str, ledger_path: str, name: str, moment: str) -> None:
     request = new_request(random.Random(name), name)
     message = request.to_json()
     try:
-        pipe = vmshim.dial_pipe(path, timeout=5.0)
-    except (vmshim.PipeBusyError, FileNotFoundError):
+        pipe = vmshim.dial_pipe(path, connect_timeout=5.0, timeout=5.0)
+    except vmshim.NotSentError:
         return
-    pipe.deadline = time.monotonic() + 5.0
     ledger.write("begun", name)
     try:
         if moment == "while":
@@ -192,8 +228,7 @@ def be_vandal(path: str, ledger_path: str, name: str, seconds: str) -> None:
     while time.monotonic() < end:
         kind = chance.choice(["silent", "garbage", "garbage", "gone"])
         try:
-            with vmshim.dial_pipe(path, timeout=1.0) as pipe:
-                pipe.deadline = time.monotonic() + 5.0
+            with vmshim.dial_pipe(path, connect_timeout=1.0, timeout=5.0) as pipe:
                 if kind == "silent":
                     # Until the server has had enough of it, or we.
                     pipe.deadline = time.monotonic() + chance.choice([0.1, 5.0])
@@ -263,6 +298,21 @@ class Soak:
             self.counts[f"{what}s killed"] += 1
         self.end(process)
 
+    def interrupt(self, server: subprocess.Popen[str]) -> None:
+        """Press Ctrl-C: the server must end by itself, and soon."""
+        assert server.stdin
+        server.stdin.write("Ctrl-C\n")
+        server.stdin.flush()
+        started = time.monotonic()
+        try:
+            server.wait(LONG)
+        except subprocess.TimeoutExpired:
+            self.wrong.append("a server hangs after Ctrl-C")
+        if time.monotonic() - started > 10:
+            self.wrong.append(f"a server took {time.monotonic() - started:.1f} s after Ctrl-C")
+        if self.end(server):
+            self.wrong.append(f"a server ended with status {server.returncode} after Ctrl-C")
+
     def end(self, process: subprocess.Popen[str]) -> int | None:
         """Wait for a process's end; its status, or None if it hangs."""
         try:
@@ -287,7 +337,7 @@ class Soak:
         while time.monotonic() < end:
             time.sleep(self.chance.uniform(0.1, 0.6))
             left = str(max(0.0, end - time.monotonic()))
-            event = self.chance.choice(["client", "doomed", "doomed", "server"])
+            event = self.chance.choice(["client", "doomed", "doomed", "server", "Ctrl-C"])
             if event == "client":
                 victim = self.chance.randrange(CLIENTS)
                 self.kill(clients[victim], "client")
@@ -296,8 +346,11 @@ class Soak:
                 moment = self.chance.choice(["before", "while", "after"])
                 self.end(self.start_client("doomed", moment))
                 self.counts[f"clients that died {moment} sending"] += 1
-            elif kill_servers:
+            elif kill_servers and event == "server":
                 self.kill(server, "server")
+                server = self.start_server()
+            elif kill_servers:
+                self.interrupt(server)
                 server = self.start_server()
         for client in (*clients, vandal):
             if self.end(client):
@@ -308,7 +361,7 @@ class Soak:
         if self.end(server):
             self.wrong.append(f"the server ended with status {server.returncode}")
         try:
-            vmshim.dial_pipe(self.path, timeout=0).close()
+            vmshim.dial_pipe(self.path, connect_timeout=0).close()
             self.wrong.append("an instance is left")
         except FileNotFoundError:
             pass
@@ -336,11 +389,14 @@ class Soak:
         done = collections.Counter(number for word, number in words if word == "done")
         self.wrong += [f"{number} was carried out twice" for number, n in done.items() if n > 1]
         self.wrong += [f"{number} came damaged" for word, number in words if word == "damaged"]
+        self.counts["servers interrupted"] = sum(word == "interrupted" for word, _ in words)
         told: dict[str, str] = {}
         for path in self.ledgers:
             for word, number in entries(path) if os.path.exists(path) else []:
                 if word in ("leak", "vandalised"):
                     self.wrong.append(f"{word}: {number}")
+                elif word == "interrupted":
+                    self.counts["clients interrupted"] += 1
                 elif word in ("silent", "garbage", "gone"):
                     self.counts[f"{word} clients"] += 1
                 else:

@@ -442,7 +442,7 @@ class Kernel:
         found = process.handles.get(value)
         if isinstance(found, kind):
             return found
-        if not value and function == "CancelIoEx":
+        if not value and function in ("CancelIoEx", "PostQueuedCompletionStatus"):
             return None  # does nothing
         if self.strict:
             state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"
@@ -1166,9 +1166,13 @@ class Kernel:
         too_early: int,
     ) -> int:
         overlapped = getattr(overlapped, "_obj", overlapped)
-        file = self._object(process, handle, File, "GetOverlappedResult")
-        if not file:
-            return self._result(ERROR_INVALID_HANDLE)
+        ended = overlapped.Internal != PENDING
+        if ended and not _value(handle):  # no handle is needed any more
+            file = None
+        else:
+            file = self._object(process, handle, File, "GetOverlappedResult")
+            if not file:
+                return self._result(ERROR_INVALID_HANDLE)
         if overlapped.Internal == PENDING:
             self._check_wait(self.started.get(ctypes.addressof(overlapped)), seconds)
             if not seconds:

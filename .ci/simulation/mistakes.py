@@ -48,8 +48,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a wait that ran out is no end",
-        "_UNFINISHED = (ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)",
-        "_UNFINISHED = (ERROR_IO_INCOMPLETE,)",
+        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)",
+        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE)",
     ),
     Mistake(
         "however it is left, an operation is ended",
@@ -63,37 +63,31 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a deadline ends an operation",
-        "timed_out = time.monotonic() >= self.deadline",
-        "timed_out = False",
+        "                timed_out = seconds <= 0\n",
+        "                timed_out = False\n",
     ),
     Mistake(
         "each operation at a time has a signal of its own",
-        "        if not self._operations:\n            return None\n        event",
-        "        if self is not None:\n            return None\n        event",
+        "            if self._operations[0] is not operation:\n",
+        "            if self.closed:\n",
     ),
     Mistake(
         "each operation has an OVERLAPPED of its own",
-        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED, hEvent=event and "
-        "event.value)\n",
-        "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n"
-        "        self.overlapped.hEvent = event and event.value\n",
+        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)\n",
+        "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n",
     ),
     Mistake(
         "the buffer lives as long as the operation",
         "        self.arguments = arguments\n",
-        "        self.arguments = ()\n"
-        "        start = getattr(_kernel32, function)\n"
-        "        import ctypes as c\n"
         "        self.arguments = tuple(\n"
-        "            type(a)() if isinstance(a, c.Array) else a for a in arguments\n"
-        "        )\n"
-        "        del start\n",
+        "            type(a)() if isinstance(a, ctypes.Array) else a for a in arguments\n"
+        "        )\n",
     ),
     # A pipe.
     Mistake(
         "close() ends what is under way",
-        "        for operation in list(self._operations):\n            operation.end()\n",
-        "",
+        "            operation.end()\n            # Ctrl-C has kept",
+        "            # Ctrl-C has kept",
     ),
     Mistake(
         "close() skips nothing that is under way",
@@ -102,8 +96,9 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "close() closes the handle though a flush has failed",
-        "            self.wait(0.01)\n        self._handle = None\n",
-        "            self.wait(0.01)\n",
+        "            if operation.thread == _thread.get_ident():\n"
+        "                operation.release()\n",
+        "",
     ),
     Mistake(
         "close() closes the handle",
@@ -208,8 +203,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "shutdown() wakes the I/O thread",
-        "        from _thread import get_ident\n\n        self._wake()\n",
-        "        from _thread import get_ident\n\n",
+        'unless the handler calls this."""\n        self._wake()\n',
+        'unless the handler calls this."""\n',
     ),
     Mistake(
         "close() in the handler doesn't wait for itself",

@@ -153,7 +153,11 @@ def _sleeper(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
         peer.sleep(draw.choice((0.05, 0.4, 0.8)))
-        _ask_deafly(peer, handle, request, 2.0)
+        if draw.random() < 0.5:
+            peer.write(handle, b"[1]")
+            peer.sleep(3.0)
+        else:
+            _ask_deafly(peer, handle, request, 2.0)
 
 
 def _ask_deafly(peer: Peer, handle: int, request: Request, seconds: float) -> None:
@@ -483,6 +487,10 @@ class Plumbing:
         self.ends_by = draw.choice(ends)
         self.deadline = draw.choice((0.0, 0.05, 0.3, None))
         self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
+        if self.ends_by == "close_write under close":
+            # What is written fits, but is not read: the flush can only be cancelled.
+            self.peer.quotas = (0, 4096)
+            self.peer_reads, self.peer_waits = 0, 3.0
         self.received = b""
         self.arrived = b""
         self.threads: list[Task] = []
@@ -721,6 +729,11 @@ def _add_client(run: Run, number: int, start: float | None = None) -> None:
     run.peers.append(task)
 
 
+def _ignore(process: Process, instance: Instance) -> None:
+    """Nobody counts the clients any more."""
+
+
+_SERVING = frozenset(("serve_forever", "run_handler", "_get", "_call_handler", "_wake"))
 # Where a Ctrl-C, mostly the second, may leave something for close() to do.
 _CLEANING_UP = frozenset(("join", "leave_handler", "stop", "shutdown", "close", "__exit__"))
 
@@ -775,6 +788,7 @@ class ServerProcess:
 
     def _begin_again(self, module: dict[str, Any]) -> None:
         """The name is free for the next server."""
+        self.run.kernel.on_open = _ignore
         self.run.scheduler.current.interrupts = []
         try:
             module["VMShimServer"](PATH, self._handler).close()
@@ -823,8 +837,9 @@ class ServerProcess:
 
     def _check_interrupted(self, error: KeyboardInterrupt) -> None:
         """One Ctrl-C ends serve_forever() in time, and with it the other thread."""
-        names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if "serve_forever" not in names or names & _CLEANING_UP:
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        vmshims = [name for name in names if name in _SERVING]
+        if not vmshims or vmshims[-1] == "serve_forever" or _CLEANING_UP.intersection(names):
             return
         scheduler = self.run.scheduler
         took = scheduler.now - scheduler.current.interrupted_at

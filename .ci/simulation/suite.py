@@ -68,7 +68,9 @@ def _load_tests(slot: Slot) -> types.ModuleType:
     slot.modules["ctypes"].__dict__.update(
         set_last_error=lambda code: setattr(slot.scheduler.current, "last_error", code),
         WinError=_win_error,
-        windll=types.SimpleNamespace(kernel32=Library(slot, "kernel32")),
+        windll=types.SimpleNamespace(
+            **{name: Library(slot, name) for name in ("kernel32", "advapi32")}
+        ),
         wintypes=importlib.import_module("ctypes.wintypes"),
     )
     module.__dict__["__builtins__"] = slot.builtins()
