@@ -398,6 +398,7 @@ def run_ansible(fleet: Fleet, names: list[str], outcomes: str) -> str:
         **os.environ,
         "ANSIBLE_HOME": os.path.join(fleet.folder, "ansible"),
         "ANSIBLE_LOCALHOST_WARNING": "False",
+        "ANSIBLE_REMOTE_TMP": os.path.join(fleet.folder, "ansible", "remote"),
         "ANSIBLE_NOCOLOR": "1",
         # The module goes through standard input, too, and nothing is left on the host.
         "ANSIBLE_PIPELINING": "True",
