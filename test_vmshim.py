@@ -61,6 +61,7 @@ from vmshim import (
     PipeBusyError,
     PipeNotFoundError,
     PipeOpenError,
+    RegistryError,
     ResponseTimeoutError,
     ShimError,
     VMRequest,
@@ -3670,6 +3671,186 @@ print(*set(sys.modules) - loaded)
         with start_python(code) as process:
             output, errors = process.communicate(timeout=LONG)
         self.assertEqual((output.split(), errors), ([b"vmshim"], b""))
+
+
+# ---- The JSON line -------------------------------------------------------------------------------
+
+# How a request may end: the exception, the exit status, the outcome, and `retry`.
+ENDS: list[tuple[BaseException | None, int, str, bool]] = [
+    (None, 0, "done", False),
+    (ShimError("no"), 1, "refused", False),
+    (ContainerNotFoundError("x"), 3, "not-sent", True),
+    (ContainerStateError("x"), 3, "not-sent", True),
+    (PipeNotFoundError(2, "x"), 3, "not-sent", True),
+    (RegistryError(5, "x"), 3, "not-sent", True),
+    (PipeAccessError(13, "x"), 4, "not-sent", True),
+    (PipeBusyError(231, "x"), 5, "not-sent", True),
+    (OutcomeUnknownError("x"), 6, "unknown", False),
+    (ResponseTimeoutError(110, "x"), 6, "unknown", False),
+    (ConnectionLostError(32, "x"), 6, "unknown", False),
+    (OperationCancelledError(103, "x"), 6, "unknown", False),
+    (KeyError("x"), 70, "unknown", False),
+    (KeyboardInterrupt(), 130, "unknown", False),
+]
+
+
+class JsonLineTest(Case):
+    def rows_of(self, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        status, out, _ = run_cli(*arguments, "--json")
+        return status, [json.loads(line) for line in out.splitlines()]
+
+    def test_json_line_of_each_end(self) -> None:
+        for failure, expected, outcome, retry in ENDS:
+            with self.subTest(failure=failure):
+                with mock.patch.object(vmshim, "issue_vm_request", side_effect=[failure]):
+                    status, [row] = self.rows_of("create", "--vm", GUID, "a")
+                self.assertEqual((status, row["status"]), (expected, expected))
+                self.assertEqual((row["outcome"], row["retry"]), (outcome, retry))
+                self.assertIs(row["ok"], failure is None)
+                self.assertEqual(row["error"] is None, failure is None)
+                self.assertEqual((row["id"], row["op"]), ("a", "create"))
+                self.assertEqual(row["pipe"], vm_pipe_path(GUID))
+                self.assertEqual(row["version"], vmshim.__version__)
+                self.assertIsInstance(row["elapsed_ms"], float)
+
+    def test_ends_cover_each_exit_status(self) -> None:
+        statuses = {outcome.status for outcome in vmshim._OUTCOMES}
+        # 2, wrong arguments, comes before any request.
+        self.assertEqual({2, *(status for _, status, *_ in ENDS)}, statuses)
+
+    def test_wrong_arguments_are_not_to_be_repeated(self) -> None:
+        status, [row] = self.rows_of("create", "--vm", "nope", "a")
+        self.assertEqual((status, row["status"]), (2, 2))
+        self.assertEqual((row["outcome"], row["retry"]), ("not-sent", False))
+
+    def test_readme_names_the_keys_of_the_json_line_in_their_order(self) -> None:
+        table = readme().split("| key | value |")[1].split("\n\n")[0]
+        keys = [
+            key
+            for line in table.splitlines()[2:]
+            for key in re.findall("`([^`]+)`", line.split("|")[1])
+        ]
+        with mock.patch.object(vmshim, "issue_vm_request"):
+            _, [row] = self.rows_of("create", "--vm", GUID, "a")
+        self.assertEqual([*row], keys)
+        _, [row] = self.rows_of("create")
+        self.assertEqual([*row], keys)
+
+    def test_host_is_the_name_of_the_computer(self) -> None:
+        for name in "HOST01", "B\u00dcRO":
+            with mock.patch.dict(os.environ, {"COMPUTERNAME": name}):
+                with mock.patch.object(vmshim, "issue_vm_request"):
+                    _, out, _ = run_cli("create", "--vm", GUID, "--json", "a")
+            self.assertTrue(out.isascii())
+            self.assertEqual(json.loads(out)["host"], name)
+
+    def test_failures_do_not_keep_the_others_from_being_tried(self) -> None:
+        # In each turn another failure comes first, and success in between changes nothing.
+        ends = [end for end in ENDS if end[1] not in (0, 130)]
+        for turn in range(len(ends)):
+            turned = [ENDS[0], *ends[turn:], ENDS[0], *ends[:turn]]
+            ids = [f"id{number}" for number in range(len(turned))]
+            with self.subTest(first=turned[1][0]):
+                failures = [failure for failure, *_ in turned]
+                with mock.patch.object(vmshim, "issue_vm_request", side_effect=failures) as spy:
+                    status, rows = self.rows_of("unmount", "--vm", GUID, *ids)
+                self.assertEqual(status, turned[1][1])
+                self.assertEqual([call[0][1].id for call in spy.call_args_list], ids)
+                self.assertEqual([row["id"] for row in rows], ids)
+                self.assertEqual([row["status"] for row in rows], [end[1] for end in turned])
+
+    def test_ctrl_c_stops_and_leaves_no_line_of_what_was_not_tried(self) -> None:
+        for first, expected in (None, 130), (ShimError("no"), 1):
+            with self.subTest(first=first):
+                failures = [first, KeyboardInterrupt(), None]
+                with mock.patch.object(vmshim, "issue_vm_request", side_effect=failures) as spy:
+                    status, rows = self.rows_of("unmount", "--vm", GUID, "a", "b", "c")
+                self.assertEqual((status, spy.call_count), (expected, 2))
+                self.assertEqual([row["id"] for row in rows], ["a", "b"])
+                self.assertEqual((rows[1]["status"], rows[1]["outcome"]), (130, "unknown"))
+
+    def test_one_wrong_id_among_several_sends_nothing(self) -> None:
+        for wrong in "", "\ud800":
+            with self.subTest(wrong=wrong):
+                with mock.patch.object(vmshim, "issue_vm_request") as spy:
+                    status, [row] = self.rows_of("unmount", "--vm", GUID, "a", wrong, "b")
+                self.assertEqual((status, row["retry"]), (2, False))
+                spy.assert_not_called()
+
+
+@needs_pipes
+class JsonLinesOfContainersTest(RegistryCase):
+    def test_list_json_lines_is_the_array_line_by_line_with_the_host(self) -> None:
+        guid = str(uuid.uuid4())
+        self.write_container("c", state_of("c", guid, Owner="\u00e9"))
+        self.write_container("bare", state_of("bare"))
+        self.enter(RawPipe.listen(vm_pipe_path(guid)))
+        _, out, _ = run_cli("list", "--root", self.root, "--json")
+        array = json.loads(out)
+        status, out, err = run_cli("list", "--root", self.root, "--json-lines")
+        self.assertEqual((status, err), (0, ""))
+        self.assertTrue(out.isascii())
+        rows = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual([row["id"] for row in rows], ["bare", "c"])
+        self.assertEqual([row["vm_shim"] for row in rows], [None, "free"])
+        host = os.environ["COMPUTERNAME"]
+        self.assertEqual(rows, [{"host": host, **row} for row in array])
+
+    def test_list_json_lines_of_no_containers_is_nothing(self) -> None:
+        self.assertEqual(run_cli("list", "--root", self.root, "--json-lines"), (0, "", ""))
+
+    def test_list_json_and_json_lines_exclude_each_other(self) -> None:
+        status, _, err = run_cli("list", "--json", "--json-lines")
+        self.assertEqual(status, 2)
+        self.assertIn("not allowed with", err)
+
+
+class FileOnStdinTest(Case):
+    """The file comes by standard input, as the README's first recipe has it."""
+
+    def run_from_stdin(self, *arguments: str) -> tuple[int, bytes, bytes]:
+        with open(vmshim.__file__, "rb") as file:
+            data = file.read()
+        with start_process("-I", "-", *arguments) as process:
+            out, err = process.communicate(data, timeout=LONG)
+        return process.returncode, out, err
+
+    def test_file_runs_from_standard_input(self) -> None:
+        status, out, err = self.run_from_stdin("--version")
+        self.assertEqual((status, err), (0, b""))
+        self.assertTrue(out.startswith(f"vmshim {vmshim.__version__}".encode()))
+        status, out, err = self.run_from_stdin("unmount", "--json")
+        self.assertEqual((status, json.loads(out)["status"]), (2, 2))
+        self.assertIn(b"vmshim.py unmount: error: ", err)
+
+
+@needs_pipes
+class FileOnStdinOnAPipeTest(ServerCase):
+    def test_file_from_standard_input_sends_and_prints_each_line_as_its_request_ends(self) -> None:
+        go_on = threading.Event()
+        requests: list[VMRequest] = []
+
+        def handle(request: VMRequest) -> None:
+            requests.append(request)
+            if request.id == "b":
+                go_on.wait(LONG)
+                raise ShimError("no b")
+
+        self.start_server(handle)
+        arguments = ("unmount", "--pipe", self.path, "--json", "a", "b", "c")
+        process = self.enter(start_process("-I", "-", *arguments))
+        self.addCleanup(process.kill)
+        self.addCleanup(go_on.set)
+        assert process.stdin and process.stdout
+        with open(vmshim.__file__, "rb") as file:
+            process.stdin.write(file.read())
+        process.stdin.close()
+        rows = [json.loads(process.stdout.readline())]
+        go_on.set()  # only now, so the first line has not waited for the second request
+        rows += [json.loads(line) for line in process.stdout]
+        self.assertEqual(process.wait(LONG), 1)
+        self.assertEqual([(row["id"], row["status"]) for row in rows], [*zip("abc", (0, 1, 0))])
+        self.assertEqual(requests, [("a", "unmount"), ("b", "unmount"), ("c", "unmount")])
 
 
 # ---- Input at random ----------------------------------------------------------------------------

@@ -2574,8 +2574,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         failure = error
     _print_failure(failure)
-    if "--json" in words:
-        _print_json(None, None, None, failure, 0.0)
+    if "--json" in words or "--json-lines" in words:
+        op = words[0] if words[0] in _COMMANDS else None
+        _print_json(None, op, None, failure, 0.0)
     return _outcome_of(failure).status
 
 
@@ -2612,33 +2613,31 @@ def _suggest(parser: argparse.ArgumentParser, word: str) -> None:
 
 def _make_parser() -> argparse.ArgumentParser:
     import argparse
+    import functools
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            # Without a width argparse would import shutil at every start, for the terminal's.
+            formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=78)
+            super().__init__(**options, formatter_class=formatter, allow_abbrev=False)
+
         def error(self, message: str) -> NoReturn:
             raise _UsageError(self, message)
 
         def _print_message(self, message: str, file: Any = None) -> None:
             _print(message.rstrip("\n"))
 
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog: str) -> None:
-            # argparse would import shutil at every start, to ask for the terminal's width.
-            super().__init__(prog, width=78)
-
     parser = Parser(
         prog="vmshim.py",
         description="Talk to a runhcs VM shim.",
         epilog=_epilog(),
-        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add_command(name: str, run: Callable[[Any], int], text: str, example: str) -> Any:
         example = f"example: vmshim.py {name} {example}".rstrip()
-        command = commands.add_parser(
-            name, help=text, description=text, epilog=example, formatter_class=Formatter
-        )
+        command = commands.add_parser(name, help=text, description=text, epilog=example)
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -2658,7 +2657,7 @@ def _make_parser() -> argparse.ArgumentParser:
         VMRequestOp.UNMOUNT_CONTAINER_DISK_ONLY: "take only containers' disks out of their VM",
     }.items():
         command = add_command(op.value, _run_requests, text, "--timeout 60 my-container")
-        command.description += "; without --vm or --pipe, the VM is looked up in runhcs's state"
+        command.description += ";\nwithout --vm or --pipe, the VM is looked up in runhcs's state"
         command.add_argument("ids", metavar="ID", nargs="+", help="a container's ID")
         add_where(command, required=False)
         add_root(command)
