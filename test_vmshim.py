@@ -1180,6 +1180,17 @@ class ContainerStateTest(Case):
             with self.subTest(state=state), self.assertRaises(ValueError):
                 state.to_json()
 
+    def test_example_of_the_readme_reads_what_runhcs_prints(self) -> None:
+        state = ContainerState(id="my-container", status="running")
+        outputs = {"state": state.to_json(), "list": b"[" + state.to_json() + b"]\n"}
+        out = io.StringIO()
+        with mock.patch.object(subprocess, "check_output", lambda command: outputs[command[1]]):
+            with contextlib.redirect_stdout(out):
+                exec(readme_example("runhcs"), {})
+        self.assertEqual(
+            out.getvalue(), "running 0001-01-01 00:00:00+00:00\nmy-container running\n"
+        )
+
 
 class RecordsTest(Case):
     def test_every_record_survives_pickling_and_copying(self) -> None:
@@ -2701,6 +2712,23 @@ class ServerTest(ServerCase):
         self.start_server(requests.append)
         ids = self.issue_from_many_threads(5)
         self.assertEqual(sorted(request.id for request in requests), ids)
+
+    def test_example_of_the_readme_serves(self) -> None:
+        code = readme_example("server.serve_forever()").replace(
+            r'r"\\.\pipe\my-shim"', repr(self.path)
+        )
+        self.assertIn(self.path[9:], code)
+        names: dict[str, Any] = {}
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            thread = self.run_aside(lambda: exec(code, names))
+            self.wait_until(lambda: "server" in names)
+            self.issue(connect_timeout=LONG)
+            with self.assertRaisesRegex(ShimError, "^Not implemented$"):
+                issue_vm_request(self.path, VMRequest("a", "sync"), connect_timeout=LONG)
+            names["server"].shutdown()
+            self.assert_ends(thread)
+        self.assertEqual(out.getvalue(), "create test\n")
 
 
 @needs_pipes
