@@ -584,6 +584,9 @@ NOT_PIPE_PATHS = (
     "\\\\.\\pipe\\",
     r"\\.\mailslot\x",
     r"\\.\x\pipe\y",
+    r"\\\pipe\x",
+    "\\\\?\\pipe\\",
+    r"a\b\.\pipe\x",
     "//./pipe/x",
     "\\\\.\\pipe\\a\0b",
     "\\\\.\\pipe\\a\ud800",
@@ -979,6 +982,7 @@ NOT_DECODED = [
     b'{"ID":NaN}',
     b'{"x":-Infinity}',
     b'\xef\xbb\xbf{"ID":"a","Op":"create"}',
+    b'\x0b{"ID":"a","Op":"create"}',
     b'{"x":' + b"[" * 100_000,
 ]
 
@@ -1803,7 +1807,7 @@ class DialTest(PipeCase):
         with failing("CreateFileW", 1450):
             error = self.caught(PipeOpenError, dial_pipe, self.path)
         self.assertEqual((error.winerror, error.filename), (1450, self.path))
-        self.assertTrue(error.strerror)
+        self.assertEqual(error.strerror, getattr(ctypes, "FormatError")(1450).strip())
 
 
 ALL_KINDS_OF_PIPES = [
