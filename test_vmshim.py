@@ -3204,6 +3204,12 @@ class CommandLineTest(Case):
     def test_pipe_path_is_printed(self) -> None:
         self.assertEqual(run_cli("pipe-path", GUID), (0, vm_pipe_path(GUID) + "\n", ""))
 
+    def test_unknown_command_gets_a_suggestion(self) -> None:
+        status, out, err = run_cli("umount", "a")
+        self.assertEqual((status, out), (2, ""))
+        self.assertIn("unknown command 'umount'; did you mean 'unmount'?", err)
+        self.assertIn("invalid choice: 'xyzzy'", run_cli("xyzzy")[2])
+
     def test_version_is_printed(self) -> None:
         status, out, err = run_cli("--version")
         self.assertEqual((status, err), (0, ""))

@@ -2,9 +2,9 @@
 
 `python3 .ci/crowd.py [--clients N]` (on Linux it goes on under Wine). A server in a process of its
 own gets N clients: a quarter is silent, a quarter sends half a request, a quarter garbage, a
-quarter leaves at once. Meanwhile an honest client sends one request after the other, and must be served in
-each second. The last line tells in how many seconds it was, its longest wait, and what the server
-needed for all that; the exit status is 1 if it had to do without in any second.
+quarter leaves at once. Meanwhile an honest client sends one request after the other, and must be
+served in each second. The last line tells in how many seconds it was, its longest wait, and what
+the server needed for all that; the exit status is 1 if it had to do without in any second.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def main(clients: int) -> int:
     print(
         f"{clients} clients in {seconds} s, {len(crowd)} of them stayed; "
         f"an honest client was served {len(honest.served)} times, "
-        f"in {seconds - len(missed)} of {seconds} s, after {longest:.2f} s at the longest; the server "
-        f"had {threads - threads_before} threads and {(size - size_before) / 1e6:.1f} MB more"
+        f"in {seconds - len(missed)} of {seconds} s, after {longest:.2f} s at the longest; "
+        f"the server grew by {threads - threads_before} threads "
+        f"and {(size - size_before) / 1e6:.1f} MB"
     )
     return 1 if missed or server.returncode else 0
 
