@@ -1543,6 +1543,41 @@ class PipeTest(PipeCase):
             self.assertTrue(started.wait(LONG))
         return thread
 
+    def test_memory_is_kept_before_an_operation_starts(self) -> None:
+        client, server = self.pair()
+        server.write(b"data")
+        kept: list[int] = []
+        with spying("ReadFile", before=lambda: kept.append(len(vmshim._under_way))):
+            client.read(10)
+        self.assertEqual(kept, [1])
+
+    def test_memory_that_ctrl_c_leaves_behind_is_kept_until_its_operation_has_ended(self) -> None:
+        client, server = self.pair()
+        other, _ = self.pair()
+        client.deadline = other.deadline = 0.0
+        with mock.patch.object(vmshim._kernel32, "CancelIoEx", side_effect=KeyboardInterrupt):
+            self.caught(KeyboardInterrupt, client.read, 1)
+        [address] = vmshim._under_way
+        self.caught(ResponseTimeoutError, other.read, 1)
+        self.assertEqual(list(vmshim._under_way), [address])
+        server.write(b"x")
+        self.caught(ResponseTimeoutError, other.read, 1)
+        self.assert_nothing_is_under_way()
+
+    def test_finaliser_runs_no_python_code_that_ctrl_c_could_cut_short(self) -> None:
+        self.listen()
+        pipe = dial_pipe(self.path)
+        calls: list[str] = []
+
+        def note_call(frame: types.FrameType, event: str, _: object) -> None:
+            if event == "call" and frame.f_code.co_filename == Pipe.read.__code__.co_filename:
+                calls.append(frame.f_code.co_name)
+
+        sys.setprofile(note_call)
+        del pipe
+        sys.setprofile(None)
+        self.assertEqual(calls, [])
+
     def test_close_from_another_thread_makes_a_blocked_read_raise(self) -> None:
         client, server = self.pair()
         reader = self.while_another_thread("ReadFile", lambda: client.read(10), ValueError)
@@ -1619,6 +1654,17 @@ class PipeTest(PipeCase):
         self.assertEqual([server.read(), server.read()], [b"data", b""])
         self.assert_nothing_is_under_way()
 
+    def test_flush_whose_thread_begins_only_after_the_deadline_is_not_begun(self) -> None:
+        client, _ = self.pair()
+        client.write(b"unread")
+        client.deadline = 0.0
+        with mock.patch.object(_thread, "start_new_thread") as start:
+            self.caught(ResponseTimeoutError, client.close_write)
+        flush, _ = start.call_args[0]
+        with spying("FlushFileBuffers") as calls:
+            flush()
+        self.assertEqual(calls, [])
+
     def test_operation_that_ended_before_it_was_cancelled_counts(self) -> None:
         client, server = self.pair()
         client.deadline = 0.0
@@ -1687,7 +1733,7 @@ class PipeTest(PipeCase):
             self.caught(KeyboardInterrupt, client.read, 10)
         self.assert_nothing_is_under_way()
 
-    def test_byte_counts_come_from_get_overlapped_result_ex_alone(self) -> None:
+    def test_byte_counts_come_from_overlapped_alone(self) -> None:
         client, server = self.pair()
         server.write(b"response")
         with spying("WriteFile") as writes, spying("ReadFile") as reads:
@@ -1895,7 +1941,11 @@ class ExchangeTest(PipeCase):
 
     def test_limit_of_the_response_can_be_chosen(self) -> None:
         self.fake_shim_responding(b"boom!")
-        self.assertRegex(str(self.refusal(max_response=4)), "longer than 4 bytes")
+        error = self.refusal(max_response=4)
+        self.assertRegex(str(error), "longer than 4 bytes")
+        self.assertEqual(error.response, b"boom!")
+        self.fake_shim_responding(b"x" * (MEBIBYTE + 2))
+        self.assertEqual(len(self.refusal(max_response=MEBIBYTE + 2).response), MEBIBYTE + 2)
         self.fake_shim_responding(SHIM_SUCCESS)
         self.issue(max_response=4)
 
@@ -3105,6 +3155,29 @@ class LifeCycleTest(ServerCase):
         server.close()
         self.assert_ends(thread)
         self.caught(PipeNotFoundError, self.issue)
+
+    def test_thread_that_begins_only_after_ctrl_c_serves_nobody(self) -> None:
+        server = self.make_server()
+        threads = []
+
+        def start_late(function: Callable[[], object], _: object) -> None:
+            threads.append(function)
+            raise KeyboardInterrupt
+
+        with mock.patch.object(_thread, "start_new_thread", start_late):
+            self.caught(KeyboardInterrupt, server.serve_forever)
+        server.shutdown()
+        [run_io] = threads
+        run_io()
+        server.serve_forever()  # because of that shutdown(), it returns at once
+
+    def test_server_lets_go_of_the_memory_of_each_operation(self) -> None:
+        server = self.make_server()
+        thread = self.serve_in_thread(server)
+        self.assertEqual(self.raw_exchange(VMRequest("a", "create").to_json()), SHIM_SUCCESS)
+        server.close()
+        self.assert_ends(thread)
+        self.assertEqual(vmshim._under_way, {})
 
     def test_server_that_can_have_no_completion_port_says_so(self) -> None:
         server = self.make_server()

@@ -252,7 +252,7 @@ def _check_pipe_path(path: str) -> None:
     if parts[2] == "?":
         return
     name = f"\\{parts[4]}\\"
-    if any(odd in name for odd in ("/", "\\\\", ".\\", " \\")):
+    if "/" in name or "\\\\" in name or ".\\" in name or " \\" in name:
         raise ValueError(
             f"not a pipe path: Windows would change {path!r} before it looks for the pipe; a name "
             "must have no /, and no part of it may be empty or end in a dot or a space"
@@ -1191,7 +1191,7 @@ def _last_error() -> int:
 _SLICE = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
-_Chunk = ctypes.c_char * 4096
+_Chunk = ctypes.c_char * 8192
 """The buffer of a read."""
 
 _NOT_STARTED = 1
@@ -1209,7 +1209,7 @@ class _Operation:
     """
 
     __slots__ = (
-        *("_is_started", "address", "arguments", "count", "event", "function", "handle"),
+        *("_is_started", "address", "arguments", "event", "function", "handle"),
         *("overlapped", "thread"),
     )
 
@@ -1220,7 +1220,6 @@ class _Operation:
         self.arguments = arguments
         self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)
         self.address = ctypes.addressof(self.overlapped)
-        self.count = DWORD()
         self.thread = _thread.get_ident()
         self._is_started = False
 
@@ -1230,22 +1229,22 @@ class _Operation:
         self.overlapped.hEvent = event.value
 
     def start(self) -> int:
-        """Start it. Return 0 if its end will be told, otherwise why it failed at once."""
+        """Start it. Return its Win32 error; its end is told only if that is one of _STARTED."""
         _under_way[self.address] = self.overlapped, self.arguments
         started = self.function(self.handle, *self.arguments, self.overlapped)
         error = 0 if started else _last_error()
-        if error in (0, ERROR_MORE_DATA, ERROR_IO_PENDING):
+        if error in _STARTED:
             self._is_started = True
-            return 0
-        # Windows leaves Internal at STATUS_PENDING, although nothing is pending.
-        self.overlapped.Internal = _NOT_STARTED
+        else:
+            # Windows leaves Internal at STATUS_PENDING, although nothing is pending.
+            self.overlapped.Internal = _NOT_STARTED
         return error
 
     def wait(self, seconds: float) -> int:
         """Wait for its end. Return its Win32 error, or one of _UNFINISHED if the time is over."""
         milliseconds = math.ceil(seconds * 1000)
         if _kernel32.GetOverlappedResultEx(
-            self.handle, self.overlapped, self.count, milliseconds, False
+            self.handle, self.overlapped, DWORD(), milliseconds, False
         ):
             return 0
         return _last_error()
@@ -1280,6 +1279,7 @@ def _forget_ended() -> None:
             _under_way.pop(address, None)
 
 
+_STARTED = (0, ERROR_IO_PENDING)
 _UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
 
 
@@ -1475,7 +1475,7 @@ class Pipe(io.RawIOBase):
             # as it mostly is, that saves an event.
             if self._operations[0] is not operation:
                 operation.signal_by(self._new_event())
-            error = operation.start() or ERROR_IO_INCOMPLETE
+            error = operation.start()
             while error in _UNFINISHED:
                 seconds = self.deadline - time.monotonic()
                 timed_out = seconds <= 0
@@ -1490,7 +1490,7 @@ class Pipe(io.RawIOBase):
             raise ValueError("the pipe was closed during the operation")
         if error == ERROR_OPERATION_ABORTED and timed_out:
             error = WAIT_TIMEOUT
-        return error, operation.count.value
+        return error, operation.overlapped.InternalHigh
 
     def _new_event(self) -> _Handle:
         event: _Handle = _kernel32.CreateEventW(None, True, False, None)
@@ -2337,7 +2337,7 @@ class _Service:
                     self._operations[operation.address] = operation, client, task
                     client.operations.add(operation)
                     error = operation.start()
-                    if not error:
+                    if error in _STARTED:
                         return
                     del self._operations[operation.address]
                     client.operations.remove(operation)
