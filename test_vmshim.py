@@ -107,6 +107,7 @@ ERROR_NO_DATA = 232
 ERROR_PIPE_NOT_CONNECTED = 233
 ERROR_PIPE_CONNECTED = 535
 STATUS_PENDING = 0x103
+STATUS_CANCELLED = 0xC0000120
 
 PIPE_ACCESS_INBOUND = 1
 PIPE_ACCESS_DUPLEX = 3
@@ -1456,11 +1457,29 @@ class PipeTest(PipeCase):
 
     def test_empty_read_and_empty_write_do_nothing(self) -> None:
         client, server = self.pair()
-        self.assertEqual((client.read(0), client.write(b"")), (b"", 0))
+        self.assertEqual(client.read(0), b"")
+        with spying("WriteFile") as calls:
+            self.assertEqual(client.write(b""), 0)
+        self.assertEqual(calls, [])
         server.write(b"data")
         self.assertEqual(client.read(10), b"data")
         client.write(b"x")
         self.assertEqual(server.read(), b"x")
+
+    def test_closed_pipe_raises_value_error_whatever_is_asked_of_it(self) -> None:
+        client, server = self.pair()
+        server.close()
+        self.assertEqual(client.read(10), b"")
+        client.close()
+        for call in (
+            lambda: client.read(10),
+            lambda: client.read(0),
+            lambda: client.write(b"x"),
+            lambda: client.write(b""),
+            client.close_write,
+        ):
+            with self.assertRaisesRegex(ValueError, "closed"):
+                call()
 
     def test_message_that_does_not_fit_is_read_in_parts(self) -> None:
         client, server = self.pair()
@@ -1543,13 +1562,26 @@ class PipeTest(PipeCase):
             self.assertTrue(started.wait(LONG))
         return thread
 
+    def test_operation_whose_error_a_signal_handler_has_replaced_is_not_let_go(self) -> None:
+        client, _ = self.pair()
+        operations: list[object] = []
+
+        def replaced() -> int:
+            operations.extend(client._operations)
+            return ERROR_NO_DATA
+
+        with mock.patch.object(vmshim, "_last_error", replaced):
+            self.caught(OutcomeUnknownError, client.read, 10)
+        self.assertFalse(getattr(operations[0], "is_pending")())
+        self.assertEqual(getattr(operations[0], "overlapped").Internal, STATUS_CANCELLED)
+
     def test_memory_is_kept_before_an_operation_starts(self) -> None:
         client, server = self.pair()
         server.write(b"data")
         kept: list[int] = []
         with spying("ReadFile", before=lambda: kept.append(len(vmshim._under_way))):
             client.read(10)
-        self.assertEqual(kept, [1])
+        self.assertEqual((kept, client._operations), ([1], []))
 
     def test_memory_that_ctrl_c_leaves_behind_is_kept_until_its_operation_has_ended(self) -> None:
         client, server = self.pair()
@@ -1608,6 +1640,22 @@ class PipeTest(PipeCase):
             client.close()
             waiter.join(LONG)
 
+    def test_cancel_ends_a_close_write_and_sends_nothing_that_would_be_lost(self) -> None:
+        client, server = self.pair()
+        client.write(b"data")
+        flushing = threading.Event()
+        with spying("FlushFileBuffers", before=flushing.set), spying("WriteFile") as writes:
+            waiter = self.run_aside(
+                lambda: self.caught(OperationCancelledError, client.close_write)
+            )
+            self.assertTrue(flushing.wait(LONG))
+            while waiter.is_alive():
+                # The thread may not have called FlushFileBuffers yet.
+                client.cancel()
+                waiter.join(0.01)
+        self.assertEqual(writes, [])
+        self.assertTrue(client.closed)
+
     def test_cancel_ends_what_other_threads_do(self) -> None:
         client, server = self.pair(buffers=0)
         calls: dict[str, Callable[[], object]] = {
@@ -1640,6 +1688,7 @@ class PipeTest(PipeCase):
             self.assertEqual([server.read(), server.read()], [b"data", b""])
             closing.join(LONG)
             self.assertEqual([call[2] for call in writes], [0])
+        self.assertEqual(client._operations, [])
 
     def test_close_write_that_is_not_read_in_time_closes_instead(self) -> None:
         client, server = self.pair()
@@ -1714,10 +1763,10 @@ class PipeTest(PipeCase):
         # Windows leaves it looking as if it were pending, for ever.
         client, server = self.pair()
         server.close()
-        with spying("GetOverlappedResultEx") as waits, spying("CancelIoEx") as cancels:
+        with spying("GetOverlappedResultEx") as waits:
             self.assertEqual(client.read(10), b"")
             self.caught(ConnectionLostError, client.write, b"x")
-        self.assertEqual((waits, cancels), ([], []))
+        self.assertEqual(waits, [])
         self.assert_nothing_is_under_way()
 
     def test_failure_that_ctrl_c_hides_is_not_waited_for_either(self) -> None:
@@ -1794,6 +1843,25 @@ class DialTest(PipeCase):
         self.listen()
         with dial_pipe(self.path, timeout=0.1) as pipe:
             self.caught(ResponseTimeoutError, pipe.read, 10)
+        server = self.make_busy()
+        waiting = threading.Event()
+
+        def free_it() -> None:
+            waiting.wait(LONG)
+            time.sleep(0.2)  # how long it stayed busy must not count
+            self.enter(RawPipe.listen(self.path))
+
+        self.run_aside(free_it)
+        with spying("WaitNamedPipeW", before=waiting.set):
+            with dial_pipe(self.path, connect_timeout=LONG, timeout=1.0) as pipe:
+                self.assertGreater(pipe.deadline - time.monotonic(), 0.9)
+        server.close()
+
+    def test_wait_that_fails_at_once_is_no_busy_loop(self) -> None:
+        self.make_busy()
+        with failing("WaitNamedPipeW", *[2] * 1000), spying("CreateFileW") as calls:
+            self.caught(PipeBusyError, dial_pipe, self.path, connect_timeout=0.2)
+        self.assertLess(len(calls), 50)
 
     def test_nobody_listening_is_told_at_once(self) -> None:
         self.dial_in_vain(PipeNotFoundError, 2, "no shim listens there", connect_timeout=None)
@@ -2051,7 +2119,7 @@ class ExchangeTest(PipeCase):
         self.fake_shim_responding(SHIM_SUCCESS)
         with self.assertLogs("vmshim", logging.DEBUG) as logs:
             self.issue()
-        self.assertEqual(len(logs.output), 1)
+        self.assertEqual([record.levelname for record in logs.records], ["DEBUG"])
         for part in self.path, "'test'", " create: ", " done ", " ms":
             self.assertIn(part, logs.output[0])
         self.fake_shim_responding(b"boom")
@@ -2059,6 +2127,25 @@ class ExchangeTest(PipeCase):
             self.refusal()
         self.assertEqual(len(logs.output), 1)
         self.assertIn("ShimError: boom", logs.output[0])
+
+    def test_debug_lines_that_nobody_reads_import_no_logging(self) -> None:
+        with mock.patch.dict(sys.modules):
+            del sys.modules["logging"]
+            vmshim._log("debug", "nobody reads this")
+            self.assertNotIn("logging", sys.modules)
+
+    def test_log_handler_that_raises_hides_no_outcome(self) -> None:
+        logger = logging.getLogger("vmshim")
+        handler = logging.Handler()
+        self.addCleanup(logger.removeHandler, handler)
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        with mock.patch.object(handler, "emit", side_effect=ZeroDivisionError("disk full")):
+            with mock.patch.object(sys, "excepthook") as excepthook:
+                self.fake_shim_responding(SHIM_SUCCESS)
+                self.issue()
+        self.assertIs(excepthook.call_args[0][0], ZeroDivisionError)
 
     def test_container_shim_is_sent_nothing_and_responds_on_a_byte_pipe(self) -> None:
         def script(pipe: RawPipe) -> None:
@@ -2089,6 +2176,7 @@ RUNHCS = r"SOFTWARE\Microsoft\runhcs"
 GUID = str(uuid.uuid4())  # another each time, so that two runs of this suite don't meet
 ZERO_GUID = "00000000-0000-0000-0000-000000000000"
 BROKEN_STATES = (
+    b'{"ID":""}',
     b"{",
     b"[]",
     b"{} {}",
@@ -2918,6 +3006,33 @@ class ManyClientsTest(ServerCase):
     def write_in_vain(self, client: RawPipe, data: bytes) -> None:
         self.caught(OSError, client.write, data)
 
+    def test_handler_may_take_longer_than_request_timeout(self) -> None:
+        handler = HeldHandler()
+        self.start_server(handler, request_timeout=0.1)
+        client = self.dial_and_write(wire())
+        self.assertTrue(handler.entered.wait(LONG))
+        # A client that came later has run out of time, so the first one's would have, too.
+        self.assertEqual(self.raw_exchange(), TOO_LATE)
+        handler.go_on.set()
+        self.assertEqual(client.read_all(), SHIM_SUCCESS)
+
+    def test_client_that_has_left_is_forgotten(self) -> None:
+        server = self.start_server(request_timeout=None)
+        for _ in range(3):
+            self.assertEqual(self.raw_exchange(wire()), SHIM_SUCCESS)
+        [service] = server._serving.values()
+        self.wait_until(lambda: not service._deadlines)
+
+    def test_clients_that_leave_and_an_instance_that_is_used_up_are_no_failures(self) -> None:
+        with self.assertLogs("vmshim", logging.DEBUG) as logs:
+            server = self.make_server(refuse)
+            thread = self.serve_in_thread(server)
+            for _ in range(3):
+                self.raw_exchange(wire())
+            server.close()
+            self.assert_ends(thread)
+        self.assertNotIn("fail", "".join(logs.output))
+
     def test_client_that_sends_no_request_in_time_is_told_so(self) -> None:
         self.start_server(request_timeout=0.1)
         clients = [self.dial() for _ in range(3)]
@@ -2949,7 +3064,9 @@ class ManyClientsTest(ServerCase):
         self.fast_clients(lambda client: self.assertEqual(client.read_all(), SHIM_SUCCESS))
 
     def test_client_that_comes_and_goes_before_connect_named_pipe_holds_nobody_up(self) -> None:
-        self.fast_clients(None)
+        with self.assertLogs("vmshim", logging.DEBUG) as logs:
+            self.fast_clients(None)
+        self.assertNotIn("fail", "".join(logs.output))
 
     def test_silent_client_that_is_faster_than_connect_named_pipe_holds_nobody_up(self) -> None:
         self.fast_clients(bool)
@@ -3002,6 +3119,32 @@ class ManyClientsTest(ServerCase):
             self.assertEqual(client.read(), SHIM_SUCCESS)
         self.assertEqual([request.id for request in requests], ["0", "1", "2"])
         self.issue(connect_timeout=LONG)
+
+    def test_early_client_sees_end_of_file_when_the_server_is_closed_instead(self) -> None:
+        with spying("CreateFileW", before=self.dial_once()):
+            server = self.make_server()
+        server.close()
+        [client] = self.early
+        self.assertEqual(client.read_all(), b"")
+
+    def test_early_client_that_can_not_be_served_holds_nobody_up(self) -> None:
+        with spying("CreateFileW", before=self.dial_once()):
+            server = self.make_server()
+        with self.assertLogs("vmshim", logging.ERROR) as logs:
+            with failing("CreateIoCompletionPort", 0, 1450):  # 0: the port itself
+                self.serve_in_thread(server)
+                self.issue(connect_timeout=LONG)
+        self.assertIn("a client can't be let in", logs.output[0])
+
+    def dial_once(self) -> Callable[[], None]:
+        """Return a function that connects a client, when it is called first."""
+        self.early: list[RawPipe] = []
+
+        def dial() -> None:
+            if not self.early:
+                self.early.append(self.dial())
+
+        return dial
 
     def test_clients_see_busy_while_the_server_does_not_serve(self) -> None:
         with VMShimServer(self.path, bool) as server:
@@ -3170,6 +3313,72 @@ class LifeCycleTest(ServerCase):
         [run_io] = threads
         run_io()
         server.serve_forever()  # because of that shutdown(), it returns at once
+
+    def test_bug_in_the_io_thread_is_logged_raised_and_keeps_no_handle(self) -> None:
+        server = self.make_server()
+        handle = lowest_free_handle()
+        create_port = vmshim._kernel32.CreateIoCompletionPort
+
+        def fail(*arguments: Any) -> Any:
+            raise ZeroDivisionError("a bug")
+
+        def fail_for_an_instance(*arguments: Any) -> Any:
+            return (fail if arguments[1] else create_port)(*arguments)
+
+        for name, bug in {
+            "GetQueuedCompletionStatus": fail,
+            "CreateIoCompletionPort": fail_for_an_instance,
+        }.items():
+            with self.assertLogs("vmshim", logging.ERROR) as logs:
+                with mock.patch.object(vmshim._kernel32, name, bug):
+                    error = self.caught(ZeroDivisionError, server.serve_forever)
+            self.assertIn("Traceback", logs.output[-1])
+            # The I/O thread may still be on its way out.
+            self.wait_until(lambda: lowest_free_handle() == handle)
+            del error
+
+    def test_server_that_ends_has_no_thread_left_although_a_client_is_slow(self) -> None:
+        def interrupt(request: VMRequest) -> None:
+            if request.id == "stop":
+                raise KeyboardInterrupt
+
+        server = self.make_server(interrupt)
+        self.run_aside(self.slow_clients)
+        self.caught(KeyboardInterrupt, server.serve_forever)
+        self.assertEqual(server._serving, {})
+
+    def slow_clients(self) -> None:
+        """Be a client that doesn't take its response, and one that has the server stop."""
+        with self.dial_and_write(wire()), self.dial_and_write(wire("stop")) as client:
+            client.read_all()
+
+    def test_close_in_a_finaliser_that_runs_in_the_io_thread_does_not_wait_for_itself(self) -> None:
+        server = self.make_server()
+        thread = self.serve_in_thread(server)
+        self.issue(connect_timeout=LONG)
+        [service] = server._serving.values()
+        real = service._milliseconds
+        closed: list[int] = []
+
+        def close_first() -> int:
+            if not closed:
+                closed.append(_thread.get_ident())
+                server.close()
+            return real()
+
+        with mock.patch.object(service, "_milliseconds", close_first):
+            self.wait_until(self.server_is_gone)
+        self.assert_ends(thread)
+        self.assertEqual(closed, [service._io_thread])
+
+    def server_is_gone(self) -> bool:
+        try:
+            self.issue(connect_timeout=0)
+        except PipeNotFoundError:
+            return True
+        except VMShimError:
+            pass
+        return False
 
     def test_server_lets_go_of_the_memory_of_each_operation(self) -> None:
         server = self.make_server()
@@ -3509,9 +3718,15 @@ class CommandLineOnAPipeTest(ServerCase):
         results.append(self.run_on_pipe())
         self.fake_shim_responding()
         results.append(self.run_on_pipe())
+        self.assertIn("did not end in time", results[0][2])
         for status, _, err in results:
             self.assertEqual(status, 6)
             self.assertIn("outcome is unknown", err)
+
+    def test_timeouts_are_passed_on(self) -> None:
+        with mock.patch.object(vmshim, "issue_vm_request") as issue:
+            self.run_on_pipe("--timeout", "7", "--connect-timeout", "8")
+        self.assertEqual(issue.call_args[1], {"timeout": 7.0, "connect_timeout": 8.0})
 
     def test_ctrl_c_is_status_130_and_with_json_one_line(self) -> None:
         def script(pipe: RawPipe) -> None:

@@ -79,25 +79,6 @@ if TYPE_CHECKING:
 else:
     _Pairs = list
 
-    class _NamedTupleType(type):
-        """Makes what typing.NamedTuple makes; importing typing takes longer than all the others."""
-
-        def __new__(mcs, name, bases, namespace):
-            fields = namespace["__annotations__"]
-            defaults = [namespace.pop(field) for field in fields if field in namespace]
-            base = namedtuple(name, fields, defaults=defaults)
-
-            def create(cls, *values, **more):
-                record = base.__new__(cls, *values, **more)
-                made = (value.make() if type(value) is _Made else value for value in record)
-                return tuple.__new__(cls, made)
-
-            create.__wrapped__ = base.__new__  # help() shows its arguments
-            return type(name, (base,), {"__slots__": (), "__new__": create, **namespace})
-
-    NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
-
-
 __version__ = "0.2.0"
 __all__ = [
     "ConnectionLostError",
@@ -137,6 +118,9 @@ __all__ = [
 ]
 
 
+# ---- Records ------------------------------------------------------------------------------------
+
+
 class _Made:
     """A default of a named tuple that is made when it is needed."""
 
@@ -151,6 +135,30 @@ class _Made:
 def _default(make: Callable[[], object], text: str) -> Any:
     """Return a default that type checkers take for any type; `text` stands for it in help()."""
     return _Made(make, text)
+
+
+if not TYPE_CHECKING:
+
+    class _NamedTupleType(type):
+        """Makes what typing.NamedTuple makes, and a default by _default() anew for each record.
+
+        Importing typing takes longer than all other modules together.
+        """
+
+        def __new__(mcs, name, bases, namespace):
+            fields = namespace["__annotations__"]
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            base = namedtuple(name, fields, defaults=defaults)
+
+            def create(cls, *values, **more):
+                record = base.__new__(cls, *values, **more)
+                made = (value.make() if type(value) is _Made else value for value in record)
+                return tuple.__new__(cls, made)
+
+            create.__wrapped__ = base.__new__  # help() shows its arguments
+            return type(name, (base,), {"__slots__": (), "__new__": create, **namespace})
+
+    NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
 
 # ---- Names and paths ----------------------------------------------------------------------------
@@ -399,6 +407,7 @@ ERROR_PIPE_CONNECTED = 535
 ERROR_OPERATION_ABORTED = 995
 ERROR_IO_INCOMPLETE = 996
 ERROR_IO_PENDING = 997
+ERROR_KEY_DELETED = 1018
 
 _LOOK_FIRST = "so the outcome is unknown; look at the container before you repeat the request"
 _LOST = (ConnectionLostError, errno.EPIPE, f"the connection to the shim was lost, {_LOOK_FIRST}")
@@ -561,7 +570,7 @@ def _outcome_of(error: BaseException | None) -> _Outcome:
 
 # ---- JSON as Go's encoding/json writes and reads it ---------------------------------------------
 # Python's json differs from Go's: it escapes other characters, merges duplicate keys, and accepts
-# NaN. Differences that remain: Python reads JSON nested about 1,000 deep where Go reads 10,000.
+# NaN. One difference remains: Python reads JSON nested about 1,000 deep, and Go 10,000.
 
 _JSON_SPACE = " \t\r\n"
 
@@ -711,6 +720,7 @@ def _read_members(value: Any, fields: Sequence[_Field]) -> dict[str, Any]:
         field = known.get(key.lower().replace("\u017f", "s"))
         if field and member is not None:
             members[field.name] = field.read(key, member)
+    # _read_time() returns what goes into two fields.
     if "created" in members:
         members["created"], members["created_nanosecond"] = members["created"]
     return members
@@ -943,6 +953,8 @@ def _read_response(pipe: Readable, limit: int) -> bytes:
 
 
 def _check_max_response(limit: int) -> None:
+    if not isinstance(limit, int):
+        raise TypeError(f"max_response must be an int, not {type(limit).__name__}")
     if limit < len(SHIM_SUCCESS):
         raise ValueError(f"max_response must be at least {len(SHIM_SUCCESS)}, not {limit!r}")
 
@@ -962,7 +974,10 @@ def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimE
 
 def _kill(process: subprocess.Popen[Any]) -> int:
     process.kill()
-    return process.wait()
+    # Not process.wait(): on Windows Ctrl-C can't interrupt that.
+    while process.poll() is None:
+        time.sleep(0.01)
+    return process.returncode
 
 
 # ---- Win32 --------------------------------------------------------------------------------------
@@ -1032,7 +1047,7 @@ if sys.platform == "win32":
         # Of a library of its own, whose calls leave ctypes.get_last_error() alone.
         free = getattr(ctypes.WinDLL("kernel32"), function)
         free.argtypes = (LPVOID,)
-        bind = ctypes.pythonapi.PyInstanceMethod_New
+        bind = ctypes.pythonapi["PyInstanceMethod_New"]  # not shared with the whole process
         bind.restype = ctypes.py_object
         bind.argtypes = (ctypes.py_object,)
         return bind(free)
@@ -1197,6 +1212,11 @@ _Chunk = ctypes.c_char * 8192
 _NOT_STARTED = 1
 """Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
 
+_STARTED = (0, ERROR_IO_PENDING)
+"""What a started operation may say at once."""
+_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
+"""What a wait for an operation may say that has not ended."""
+
 _under_way: dict[int, tuple[OVERLAPPED, object]] = {}
 """What Windows may still write to, by the address of its OVERLAPPED. It keeps the memory, whatever
 Ctrl-C cuts short."""
@@ -1207,11 +1227,6 @@ class _Operation:
 
     A client waits for its end with wait(); the server gets it from a completion port.
     """
-
-    __slots__ = (
-        *("_is_started", "address", "arguments", "event", "function", "handle"),
-        *("overlapped", "thread"),
-    )
 
     def __init__(self, handle: _Handle | None, function: Any, *arguments: Any) -> None:
         self.handle = handle
@@ -1229,14 +1244,15 @@ class _Operation:
         self.overlapped.hEvent = event.value
 
     def start(self) -> int:
-        """Start it. Return its Win32 error; its end is told only if that is one of _STARTED."""
+        """Start it. Return its Win32 error; Windows tells its end only if that is in _STARTED."""
         _under_way[self.address] = self.overlapped, self.arguments
         started = self.function(self.handle, *self.arguments, self.overlapped)
         error = 0 if started else _last_error()
-        if error in _STARTED:
+        # A failure leaves Internal at STATUS_PENDING for ever. Windows is asked whether it was one:
+        # a signal's handler may have replaced the error of an operation that is under way.
+        if error in _STARTED or _kernel32.CancelIoEx(self.handle, self.overlapped):
             self._is_started = True
         else:
-            # Windows leaves Internal at STATUS_PENDING, although nothing is pending.
             self.overlapped.Internal = _NOT_STARTED
         return error
 
@@ -1261,8 +1277,8 @@ class _Operation:
             cancelled = _kernel32.CancelIoEx(self.handle, self.overlapped)
             while self.is_pending():
                 self.wait(_SLICE)
-                # If Ctrl-C has hidden what start() returned, the operation may have failed at once,
-                # and stays at STATUS_PENDING for ever. One that is ending has ended by now.
+                # Ctrl-C may have hidden what start() returned. If the operation failed at once, it
+                # stays at STATUS_PENDING for ever; one that is ending has ended within this wait.
                 if not (cancelled or self._is_started):
                     break
         _under_way.pop(self.address, None)
@@ -1274,13 +1290,9 @@ class _Operation:
 
 def _forget_ended() -> None:
     """Give memory back that an operation has left behind because Ctrl-C cut its end short."""
-    for address, (overlapped, _) in list(_under_way.items()):
+    for address, (overlapped, _) in _under_way.copy().items():
         if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):
             _under_way.pop(address, None)
-
-
-_STARTED = (0, ERROR_IO_PENDING)
-_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
 
 
 class _Flush:
@@ -1295,6 +1307,7 @@ class _Flush:
         self._begun = False
         self._done = False
         self._cancelled = False
+        self.error = 0
 
     def start(self) -> None:
         _thread.start_new_thread(self._flush, ())
@@ -1302,8 +1315,8 @@ class _Flush:
     def _flush(self) -> None:
         self._begun = True
         try:
-            if not self._cancelled:
-                _kernel32.FlushFileBuffers(self._handle)
+            if not self._cancelled and not _kernel32.FlushFileBuffers(self._handle):
+                self.error = _last_error()
         finally:
             self._done = True
             self._ended.put(None)
@@ -1317,7 +1330,8 @@ class _Flush:
     def end(self) -> None:
         """Cancel it and everything else on its handle, and wait until its thread has ended."""
         self._cancelled = True
-        while self._begun and not self._done:
+        # When Python ends, it lets no other thread go on.
+        while self._begun and not self._done and not sys.is_finalizing():
             # Again and again, because the thread may not have called FlushFileBuffers yet.
             _kernel32.CancelIoEx(self._handle, None)
             self.wait(0.01)
@@ -1338,13 +1352,16 @@ def _get(queue: SimpleQueue[Any], seconds: float) -> Any:
 
 
 def _check_timeout(name: str, seconds: float | None) -> None:
+    if seconds is not None and not isinstance(seconds, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, or None, not {seconds!r}")
     if seconds is not None and not seconds >= 0:
         raise ValueError(f"{name} must be a number of seconds from 0 up, or None, not {seconds!r}")
 
 
 def _deadline(seconds: float | None) -> float:
     """Return the time.monotonic() at which a timeout is over."""
-    return math.inf if seconds is None else time.monotonic() + seconds
+    # An int may be too large for a float.
+    return math.inf if seconds is None else time.monotonic() + min(seconds, 1e9)
 
 
 class Pipe(io.RawIOBase):
@@ -1383,6 +1400,7 @@ class Pipe(io.RawIOBase):
         """
         if size is None or size < 0:
             return self.readall() or b""
+        self._open_handle()
         if size == 0 or self._at_end:
             return b""
         chunk = _Chunk()
@@ -1392,7 +1410,7 @@ class Pipe(io.RawIOBase):
         elif error not in (0, ERROR_MORE_DATA):
             raise _exchange_error(error, self.name)
         # A zero-length message is end of file, like the other end's close.
-        self._at_end = count == 0 and error != ERROR_MORE_DATA
+        self._at_end = count == 0
         return ctypes.string_at(chunk, count)
 
     def readinto(self, buffer: Any) -> int:
@@ -1406,6 +1424,7 @@ class Pipe(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of `data`, as one message where the pipe has messages."""
+        self._open_handle()
         message = bytes(memoryview(data))
         return self._send(message) if message else 0
 
@@ -1419,9 +1438,14 @@ class Pipe(io.RawIOBase):
         self._operations.append(flush)
         try:
             flush.start()
-            while not flush.wait(min(_SLICE, max(0.0, self.deadline - time.monotonic()))):
-                if self.closed or time.monotonic() >= self.deadline:
+            has_ended = False
+            while not has_ended:
+                has_ended = flush.wait(min(_SLICE, max(0.0, self.deadline - time.monotonic())))
+                self._open_handle()  # another thread may have closed the pipe
+                if not has_ended and time.monotonic() >= self.deadline:
                     raise _exchange_error(WAIT_TIMEOUT, self.name)
+            if flush.error == ERROR_OPERATION_ABORTED:
+                raise _exchange_error(flush.error, self.name)
         except BaseException:
             self.close()
             raise
@@ -1441,10 +1465,10 @@ class Pipe(io.RawIOBase):
         super().close()
         for operation in list(self._operations):
             operation.end()
-            # Ctrl-C has kept _run() from doing so. What another thread runs still needs its handle.
+            # Ctrl-C may have kept _run() from releasing it. Another thread's needs its handle.
             if operation.thread == _thread.get_ident():
                 operation.release()
-        # The last reference: this closes the handle.
+        # This closes the handle, unless another thread's operation still has it.
         self._handle = None
 
     def _open_handle(self) -> _Handle:
@@ -1611,8 +1635,11 @@ def _exchange(pipe: Pipe, message: bytes, max_response: int) -> bytes:
 
 def _is_debugging() -> bool:
     # If nobody has imported logging, nobody reads debug lines: skip the slow import.
-    logging = sys.modules.get("logging")
-    return logging is not None and bool(logging.getLogger("vmshim").isEnabledFor(10))
+    if "logging" not in sys.modules:
+        return False
+    import logging  # waits if another thread is importing it
+
+    return logging.getLogger("vmshim").isEnabledFor(logging.DEBUG)
 
 
 def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> None:
@@ -1620,7 +1647,11 @@ def _log(level: str, message: str, *arguments: object, exc_info: Any = None) -> 
     if "logging" in sys.modules or level in ("warning", "error"):
         import logging
 
-        getattr(logging.getLogger("vmshim"), level)(message, *arguments, exc_info=exc_info)
+        try:
+            getattr(logging.getLogger("vmshim"), level)(message, *arguments, exc_info=exc_info)
+        except Exception:
+            # A log handler of the user's must not hide how a request ended, nor end a server.
+            sys.excepthook(*sys.exc_info())
 
 
 # ---- runhcs's own state -------------------------------------------------------------------------
@@ -1713,6 +1744,8 @@ def read_container(container_id: str, *, root: str = "default") -> Container:
         raise ContainerNotFoundError(f"state 'state' is not present for ID '{container_id}'")
     try:
         fields = _read_members(_decode_only(state), _CONTAINER_FIELDS)
+        if fields.get("id") == "":
+            raise ValueError("its ID is empty")
     except ValueError as error:
         raise ContainerStateError(f"the state of ID '{container_id}' is broken: {error}") from None
     if shim_pid is not None:
@@ -1826,6 +1859,10 @@ def _read_value(key: Any, name: str, kind: str) -> Any:
         value, found = winreg.QueryValueEx(key, name)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if getattr(error, "winerror", None) == ERROR_KEY_DELETED:
+            raise FileNotFoundError(errno.ENOENT, "the key was deleted meanwhile") from None
+        raise _registry_error(error, f"the value {name!r} of a container") from None
     return value if found == getattr(winreg, kind) else None
 
 
@@ -1854,6 +1891,9 @@ _RETRY_SECONDS = 0.1
 """How long a server waits after Windows has refused it a new instance of the pipe."""
 _MAX_ERROR_TEXT = 65536
 """The longest error text that a server sends, in bytes."""
+_MAX_DEPTH = 1000
+"""How deep a request may be nested. Without it a process that has raised Python's recursion limit
+could be crashed by a client."""
 
 _STOPPED = b"the VM shim stopped before it had carried the request out"
 _TOO_LATE = b"no complete request came in time"
@@ -1873,7 +1913,9 @@ class VMShimServer:
     clients get PipeBusyError.
 
     `security_descriptor` is an SDDL string that says who may connect. Without it LocalSystem,
-    administrators and the account that runs the server may. It must allow this account, too.
+    administrators and the account that runs the server may. It must give this account GA. Give
+    clients 0x12019b, not GW, FA or GA: these include the right to create an instance of the pipe,
+    and so to pose as the server.
 
     The pipe exists as soon as the server object does. Clients get PipeBusyError while
     serve_forever() is not running. Raises ValueError for a path that is not \\\\.\\pipe\\NAME or a
@@ -1895,6 +1937,8 @@ class VMShimServer:
     ) -> None:
         _check_local_pipe_path(pipe_path)
         _check_timeout("request_timeout", request_timeout)
+        if request_timeout == 0:
+            raise ValueError("request_timeout must be more than 0, or no client could be heard")
         if max_clients < 1:
             raise ValueError(f"max_clients must be at least 1, not {max_clients!r}")
         self.pipe_path = pipe_path
@@ -1909,7 +1953,7 @@ class VMShimServer:
         self._new_queue = SimpleQueue
         self._stopping = False
         self._closed = False
-        # At most one, which its I/O thread enters and removes.
+        # At most one, which its I/O thread enters by setdefault(), in one step, and removes.
         self._serving: dict[str, _Service] = {}
 
     def serve_forever(self) -> None:
@@ -1919,7 +1963,7 @@ class VMShimServer:
         that the handler had begun then gets no response, because its outcome is unknown. When it
         returns or raises, no thread is left. If shutdown() was called while the server was idle,
         it returns at once. Raises ValueError if the server is closed, RuntimeError if it is serving
-        already or if no thread can be started.
+        already or if no thread can be started, and OSError if Windows has no completion port left.
         """
         if self._closed:
             raise ValueError("the server is closed")
@@ -2056,8 +2100,10 @@ class _Client:
         self.operations: set[_Operation] = set()
         self.is_connected = False
         self.is_idle = True
-        """Whether it is cut off when the server stops: it is not owed anything any more."""
+        """Whether a stopping server cuts it off at once, because it is owed no response."""
         self.is_cut_off = False
+        self.is_used_up = False
+        """Whether the client on this instance is our own, by which the instance was used up."""
 
     def cut_off(self) -> None:
         """Cancel what is under way, and let nothing new begin."""
@@ -2083,16 +2129,17 @@ class _Service:
 
         self._server = server
         self._handler_thread = _thread.get_ident()
+        self._io_thread: int | None = None
         self._requests: SimpleQueue[_Client | None] = server._new_queue()
         self._responses: SimpleQueue[tuple[_Client, bytes]] = server._new_queue()
-        # What the I/O thread wants logged: logging may block, and belongs into the other thread.
+        # What the I/O thread wants logged: logging may block, and belongs to the other thread.
         self._notes: deque[tuple[Any, ...]] = deque(maxlen=1000)
         self._failure: BaseException | None = None
         # Each of these is set once.
         self._has_begun = False
         self._has_ended = False
         self._handler_has_left = False
-        # The following belong to the I/O thread.
+        # Only the I/O thread changes the following; others read _port to wake it.
         self._port: _Handle | None = None
         self._operations: dict[int, tuple[_Operation, _Client, _Task]] = {}
         self._clients: set[_Client] = set()
@@ -2131,6 +2178,9 @@ class _Service:
     def stop(self) -> None:
         """Have the I/O thread stop, and wait for its end unless the handler calls this."""
         self._wake()
+        # A finaliser may call this, in any thread.
+        if _thread.get_ident() == self._io_thread:
+            return
         if _thread.get_ident() == self._handler_thread:
             if self._is_in_handler():
                 return
@@ -2140,7 +2190,8 @@ class _Service:
 
     def join(self) -> None:
         """Wait for the end of the I/O thread; if it has not begun, it will do nothing."""
-        while self._has_begun and not self._has_ended:
+        # When Python ends, it lets no other thread go on: then there is nothing to wait for.
+        while self._has_begun and not self._has_ended and not sys.is_finalizing():
             time.sleep(0.01)
 
     def _is_in_handler(self) -> bool:
@@ -2179,6 +2230,7 @@ class _Service:
     def run_io(self) -> None:
         """Serve all clients until the server is to stop. This is the I/O thread."""
         server = self._server
+        self._io_thread = _thread.get_ident()
         self._has_begun = True
         try:
             if self._handler_has_left:
@@ -2228,7 +2280,7 @@ class _Service:
         return self._server._stopping or self._server._closed or self._handler_has_left
 
     def _begin_to_stop(self) -> None:
-        """Refuse what the handler has not begun, and cut off who isn't owed anything; once."""
+        """Refuse what the handler has not begun, and cut off clients that are owed no response."""
         if self._is_stopping:
             return
         self._is_stopping = True
@@ -2270,13 +2322,15 @@ class _Service:
             # Once more if a client was faster than ConnectNamedPipe.
             while self._may_let_in() and not self._offered and time.monotonic() >= self._retry_at:
                 client = self._admit(self._server._listener.create())
+                self._retry_at = 0.0
                 if client.tasks and not client.is_connected:
                     self._offered = client
             if self._offered and not self._may_let_in():
-                self._server._listener.use_up()
+                self._offered.is_used_up = self._server._listener.use_up()
                 self._offered = None
         except OSError as error:
-            self._notes.append(("error", "no client can be let in: %s", str(error)))
+            if not self._retry_at:
+                self._notes.append(("error", "no client can be let in: %s", str(error)))
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             if self._offered:
                 self._offered.cut_off()
@@ -2319,7 +2373,7 @@ class _Service:
             deadline = min(deadline, self._retry_at)
         if deadline == math.inf:
             return INFINITE
-        return math.ceil(max(0.0, deadline - time.monotonic()) * 1000)
+        return min(math.ceil(max(0.0, deadline - time.monotonic()) * 1000), INFINITE - 1)
 
     def _begin(self, client: _Client, task: _Task) -> None:
         client.tasks += 1
@@ -2347,9 +2401,9 @@ class _Service:
             pass
         except OperationCancelledError:
             pass
-        except OSError as error:
-            # Not the exception itself: its traceback would keep the pipe open.
-            self._notes.append(("debug", "a client has failed: %s", str(error)))
+        except _PipeError as error:
+            # Not the exception itself: its text is for clients, its traceback keeps the pipe open.
+            self._notes.append(("debug", "a client has failed: Win32 error %s", error.winerror))
             client.cut_off()
         except Exception as error:
             self._notes.append(("error", "a client was given up: %s", repr(error)))
@@ -2383,14 +2437,16 @@ class _Service:
         error, _ = yield _Operation(client.handle, _kernel32.ConnectNamedPipe)
         if self._offered is client:
             self._offered = None
-        if error not in (0, ERROR_PIPE_CONNECTED):
-            return  # ERROR_NO_DATA: it came and went
+        # ERROR_NO_DATA: the client came and went.
+        if client.is_used_up or error not in (0, ERROR_PIPE_CONNECTED):
+            return
         client.is_connected = True
         self._connected += 1
         is_leaving = False
         try:
             self._allow(client, is_idle=True)
             response = yield from self._receive(client)
+            # A client that was cut off while it sent its request is still told why.
             client.is_cut_off = False
             self._begin(client, self._drain(client))
             if response is None:
@@ -2515,6 +2571,8 @@ class _RequestReader:
                 pass
             elif byte in b"{[":
                 self._depth += 1
+                if self._depth > _MAX_DEPTH:
+                    return True
             elif byte in b"}]":
                 self._depth -= 1
                 if self._depth <= 0:
@@ -2593,8 +2651,6 @@ def _run_command(words: list[str]) -> int:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
         status: int = options.run(options)
-    except VMShimError:
-        raise
     except ValueError as error:
         raise _UsageError(options.parser, str(error)) from None
     return status
@@ -2721,20 +2777,17 @@ def _run_request(options: argparse.Namespace, container_id: str) -> int:
     limits = {"connect_timeout": options.connect_timeout, "timeout": options.timeout}
     started = time.monotonic()
     failure: BaseException | None = None
-    display = _WaitDisplay()
     try:
-        display.start()
-        if options.pipe is None and options.vm is None:
-            container = read_container(container_id, root=options.root)
-            pipe_path = container.vm_pipe_path()
-            _issue_to_vm(container, options.op, **limits)
-        else:
-            pipe_path = vm_pipe_path(options.vm) if options.pipe is None else options.pipe
-            issue_vm_request(pipe_path, VMRequest(container_id, options.op), **limits)
+        with _WaitDisplay():
+            if options.pipe is None and options.vm is None:
+                container = read_container(container_id, root=options.root)
+                pipe_path = container.vm_pipe_path()
+                _issue_to_vm(container, options.op, **limits)
+            else:
+                pipe_path = vm_pipe_path(options.vm) if options.pipe is None else options.pipe
+                issue_vm_request(pipe_path, VMRequest(container_id, options.op), **limits)
     except (Exception, KeyboardInterrupt) as error:
         failure = error
-    finally:
-        display.stop()
     if isinstance(failure, ValueError) and not isinstance(failure, VMShimError):
         raise failure
     if failure is not None:
@@ -2936,15 +2989,18 @@ class _WaitDisplay:
         self._has_begun = False
         self._has_ended = False
 
-    def start(self) -> None:
+    def __enter__(self) -> None:
         """Start to count, in a thread."""
         if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
             from queue import SimpleQueue
 
             self._stop = SimpleQueue()
-            _thread.start_new_thread(self._count, ())
+            try:
+                _thread.start_new_thread(self._count, ())
+            except RuntimeError:
+                pass  # the request can do without
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove the line, and wait for the end of the thread."""
         if self._stop:
             self._stop.put(True)

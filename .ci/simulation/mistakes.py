@@ -86,8 +86,8 @@ MISTAKES: list[Mistake] = [
     # A pipe.
     Mistake(
         "close() ends what is under way",
-        "            operation.end()\n            # Ctrl-C has kept",
-        "            # Ctrl-C has kept",
+        "            operation.end()\n            # Ctrl-C may have kept",
+        "            # Ctrl-C may have kept",
     ),
     Mistake(
         "close() skips nothing that is under way",
@@ -107,20 +107,22 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a handle is closed once",
-        "        # The last reference: this closes the handle.\n        self._handle = None\n",
+        "        # This closes the handle, unless another thread's operation still has it.\n"
+        "        self._handle = None\n",
         "        if self._handle is not None:\n"
         "            ctypes.WinDLL('kernel32').CloseHandle(self._handle)\n"
         "        self._handle = None\n",
     ),
     Mistake(
         "a flush is cancelled again and again",
-        "        while self._begun and not self._done:\n            # Again",
+        "        while self._begun and not self._done and not sys.is_finalizing():\n"
+        "            # Again",
         "        if self._begun and not self._done:\n            # Again",
     ),
     Mistake(
         "a flush ends with the deadline",
-        "                if self.closed or time.monotonic() >= self.deadline:\n",
-        "                if self.closed:\n",
+        "                if not has_ended and time.monotonic() >= self.deadline:\n",
+        "                if False:\n",
     ),
     Mistake(
         "a refusal that came before all was read is read",
@@ -198,8 +200,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a thread that couldn't start isn't waited for",
-        'it will do nothing."""\n        while self._has_begun and not self._has_ended:\n',
-        'it will do nothing."""\n        while not self._has_ended:\n',
+        "        while self._has_begun and not self._has_ended and not sys",
+        "        while not self._has_ended and not sys",
     ),
     Mistake(
         "shutdown() wakes the I/O thread",
@@ -259,8 +261,8 @@ MISTAKES: list[Mistake] = [
         "the door is open again after a client",
         "        if self._offered is client:\n"
         "            self._offered = None\n"
-        "        if error not in",
-        "        if error not in",
+        "        # ERROR_NO_DATA",
+        "        # ERROR_NO_DATA",
     ),
     Mistake(
         "a client that is there before ConnectNamedPipe doesn't close the door",
@@ -269,8 +271,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a client faster than ConnectNamedPipe is welcome",
-        "        if error not in (0, ERROR_PIPE_CONNECTED):\n",
-        "        if error:\n",
+        "        if client.is_used_up or error not in (0, ERROR_PIPE_CONNECTED):\n",
+        "        if client.is_used_up or error:\n",
     ),
     Mistake(
         "a server that stops uses the offered instance up",
@@ -307,7 +309,7 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a failed client lets its connection go",
-        '("debug", "a client has failed: %s", str(error))',
+        '("debug", "a client has failed: Win32 error %s", error.winerror)',
         '("debug", "a client has failed: %s", error)',
     ),
     Mistake(
