@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import decimal
 import dis
 import doctest
 import errno
@@ -708,6 +709,17 @@ class BadInputTest(Case):
                 with self.subTest(name=name, call=call, wrong=wrong):
                     error = self.caught(ValueError, call, **{name: wrong})
                     self.assertRegex(str(error), f"^{name} must be ")
+        for name, calls, _ in cases[:-1]:
+            for call, odd in itertools.product(calls, ("1", decimal.Decimal(60), 5j)):
+                with self.subTest(name=name, call=call, odd=odd):
+                    text = str(self.caught(TypeError, call, **{name: odd}))
+                    self.assertRegex(text, f"^{name} must be ")
+        self.assertRegex(str(self.caught(TypeError, check, max_response=100.0)), "^max_response")
+        self.caught(ValueError, serve, request_timeout=0)
+
+    def test_timeout_of_any_length_is_a_deadline(self) -> None:
+        for seconds in 1e300, 10**400, math.inf:
+            self.assertGreater(vmshim._deadline(seconds), time.monotonic() + 1e8)
 
     def test_request_that_no_shim_may_see_is_refused(self) -> None:
         for id, op, reason in (
@@ -2370,6 +2382,28 @@ class ContainerTest(RegistryCase):
         for name in "'none'", "'100%'", "'%FF'", "'broken0'":
             self.assertEqual(sum(name in line for line in logs.output), 1)
 
+    def test_container_that_is_deleted_meanwhile_is_not_found_and_hides_no_others(self) -> None:
+        self.write_container("c", state_of("c"))
+        query = self.winreg.QueryValueEx
+
+        def delete_first(*arguments: Any) -> Any:
+            with contextlib.suppress(OSError):
+                self.delete_key(f"{self.root_key}\\c")
+            return query(*arguments)
+
+        with mock.patch.object(self.winreg, "QueryValueEx", delete_first):
+            error = self.caught(ContainerNotFoundError, self.read, "c")
+            self.assertEqual(str(error), "ID 'c' was not found")
+            self.write_container("c", state_of("c"))
+            with self.assertLogs("vmshim", logging.WARNING):
+                self.assertEqual(list_containers(root=self.root), [])
+
+    def test_value_that_can_not_be_read_is_an_error_of_the_registry(self) -> None:
+        self.write_container("c", state_of("c"))
+        denied = PermissionError(13, "denied", None, 5)
+        with mock.patch.object(self.winreg, "QueryValueEx", side_effect=denied):
+            self.assertIn("'state'", str(self.caught(RegistryError, self.read, "c")))
+
     def test_registry_is_only_read_and_in_its_64_bit_view(self) -> None:
         self.write_container("c", state_of("c"))
         open_key = self.winreg.OpenKey
@@ -2680,6 +2714,13 @@ class ServerTest(ServerCase):
             with self.subTest(data=data[:60]):
                 self.assertEqual(self.raw_exchange(data), SHIM_SUCCESS)
                 self.assertEqual(requests.pop(), (id, op))
+
+    def test_request_nested_too_deep_is_read_no_further(self) -> None:
+        # Where Python's recursion limit has been raised, parsing one could crash the process.
+        reader = vmshim._RequestReader()
+        self.assertFalse(reader.feed(b"[" * 1000))
+        self.assertTrue(reader.feed(b"["))
+        self.assertRaises(ValueError, reader.request)
 
     def test_request_in_many_pieces_is_put_together(self) -> None:
         requests: list[VMRequest] = []
@@ -3918,6 +3959,26 @@ class ProcessOnAPipeTest(ServerCase):
         with self.assertRaisesRegex(ShimError, "^out of disks$"):
             issue_vm_request(self.path, VMRequest("é", "unmount"), connect_timeout=LONG)
         self.assertEqual(process.stdout.readline(), "unmount \\xe9\n")
+
+    def test_server_that_a_finaliser_closes_while_python_ends_does_not_hold_it_up(self) -> None:
+        code = f"""
+import sys, threading
+sys.path.insert(0, {os.path.dirname(os.path.abspath(vmshim.__file__))!r})
+import vmshim
+
+def serve():
+    with vmshim.VMShimServer({self.path!r}, bool) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+
+generator = serve()
+next(generator)
+vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"), connect_timeout=10)
+"""
+        process = self.enter(start_python(code))
+        self.addCleanup(process.kill)
+        _, err = process.communicate(timeout=LONG)
+        self.assertEqual((process.returncode, err), (0, b""))
 
     def test_serve_goes_on_when_the_reader_of_its_stdout_has_gone(self) -> None:
         process = self.start_vmshim("serve", "--pipe", self.path)
