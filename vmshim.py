@@ -410,7 +410,11 @@ ERROR_IO_PENDING = 997
 ERROR_KEY_DELETED = 1018
 
 _LOOK_FIRST = "so the outcome is unknown; look at the container before you repeat the request"
-_LOST = (ConnectionLostError, errno.EPIPE, f"the connection to the shim was lost, {_LOOK_FIRST}")
+_CONNECTION_LOST = (
+    ConnectionLostError,
+    errno.EPIPE,
+    f"the connection to the shim was lost, {_LOOK_FIRST}",
+)
 
 # By what was going on and by the Win32 error: the exception, its errno, and what str() says.
 _OPEN_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
@@ -446,10 +450,10 @@ _EXCHANGE_ERRORS: dict[int, tuple[type[_PipeError], int, str]] = {
         errno.ETIMEDOUT,
         f"the exchange did not end in time, {_LOOK_FIRST}",
     ),
-    ERROR_BROKEN_PIPE: _LOST,
-    ERROR_NETNAME_DELETED: _LOST,
-    ERROR_NO_DATA: _LOST,
-    ERROR_PIPE_NOT_CONNECTED: _LOST,
+    ERROR_BROKEN_PIPE: _CONNECTION_LOST,
+    ERROR_NETNAME_DELETED: _CONNECTION_LOST,
+    ERROR_NO_DATA: _CONNECTION_LOST,
+    ERROR_PIPE_NOT_CONNECTED: _CONNECTION_LOST,
     ERROR_OPERATION_ABORTED: (
         OperationCancelledError,
         errno.ECONNABORTED,
@@ -832,7 +836,7 @@ class VMRequest(_Request):
 _document(VMRequest, _REQUEST_FIELDS)
 
 
-def _never() -> datetime:
+def _zero_time() -> datetime:
     from datetime import datetime, timezone
 
     return datetime(1, 1, 1, tzinfo=timezone.utc)
@@ -868,7 +872,7 @@ class ContainerState(NamedTuple):
     status: str = ""
     bundle: str = ""
     rootfs: str = ""
-    created: datetime = _default(_never, "never")
+    created: datetime = _default(_zero_time, "never")
     annotations: Mapping[str, str] = _default(dict, "{}")
     owner: str = ""
     created_nanosecond: int = 0
@@ -1203,7 +1207,7 @@ def _last_error() -> int:
 
 # ---- Pipe ---------------------------------------------------------------------------------------
 
-_SLICE = 0.1
+_LONGEST_WAIT = 0.1
 """The longest single wait in a thread that Ctrl-C can interrupt, in seconds: a wait inside Windows
 ignores Ctrl-C."""
 _Chunk = ctypes.c_char * 8192
@@ -1276,7 +1280,7 @@ class _Operation:
         if self.is_pending():
             cancelled = _kernel32.CancelIoEx(self.handle, self.overlapped)
             while self.is_pending():
-                self.wait(_SLICE)
+                self.wait(_LONGEST_WAIT)
                 # Ctrl-C may have hidden what start() returned. If the operation failed at once, it
                 # stays at STATUS_PENDING for ever; one that is ending has ended within this wait.
                 if not (cancelled or self._is_started):
@@ -1440,7 +1444,9 @@ class Pipe(io.RawIOBase):
             flush.start()
             has_ended = False
             while not has_ended:
-                has_ended = flush.wait(min(_SLICE, max(0.0, self.deadline - time.monotonic())))
+                has_ended = flush.wait(
+                    min(_LONGEST_WAIT, max(0.0, self.deadline - time.monotonic()))
+                )
                 self._open_handle()  # another thread may have closed the pipe
                 if not has_ended and time.monotonic() >= self.deadline:
                     raise _exchange_error(WAIT_TIMEOUT, self.name)
@@ -1505,7 +1511,7 @@ class Pipe(io.RawIOBase):
                 timed_out = seconds <= 0
                 if timed_out or self.closed:
                     operation.end()
-                error = operation.wait(min(_SLICE, max(0.0, seconds)))
+                error = operation.wait(min(_LONGEST_WAIT, max(0.0, seconds)))
         finally:
             operation.end()
             operation.release()
@@ -1547,7 +1553,7 @@ def dial_pipe(
             pipe.deadline = _deadline(timeout)
             return pipe
         error = _last_error()
-        seconds = min(_SLICE, give_up - time.monotonic())
+        seconds = min(_LONGEST_WAIT, give_up - time.monotonic())
         if error != ERROR_PIPE_BUSY or seconds <= 0:
             raise _open_error(error, path)
         # Ignore what WaitNamedPipeW says and try again: another client may take the instance first,
@@ -1692,7 +1698,7 @@ class Container(NamedTuple):
     sandbox_id: str = ""
     host_id: str = ""
     bundle: str = ""
-    created: datetime = _default(_never, "never")
+    created: datetime = _default(_zero_time, "never")
     rootfs: str = ""
     is_host: bool = False
     unique_id: uuid.UUID = _default(_zero_guid, "the zero GUID")
@@ -2038,12 +2044,12 @@ class _Listener:
         from collections import deque
 
         self.path = path
-        self.early: deque[_Handle] = deque()
+        self.came_early: deque[_Handle] = deque()
         """Instances to which others have connected before us, oldest first."""
         self._name_keeper: _Handle | None = None
         instance = self._create(FILE_FLAG_FIRST_PIPE_INSTANCE, security)
         while not self.use_up():
-            self.early.append(instance)
+            self.came_early.append(instance)
             instance = self.create()
         self._name_keeper = instance
 
@@ -2067,7 +2073,7 @@ class _Listener:
 
     def close(self) -> None:
         """Release the name."""
-        self.early.clear()
+        self.came_early.clear()
         self._name_keeper = None
 
     def _create(self, first: int, security: SECURITY_ATTRIBUTES | None) -> _Handle:
@@ -2099,7 +2105,7 @@ class _Client:
         self.tasks = 0
         self.operations: set[_Operation] = set()
         self.is_connected = False
-        self.is_idle = True
+        self.ends_on_stop = True
         """Whether a stopping server cuts it off at once, because it is owed no response."""
         self.is_cut_off = False
         self.is_used_up = False
@@ -2133,7 +2139,7 @@ class _Service:
         self._requests: SimpleQueue[_Client | None] = server._new_queue()
         self._responses: SimpleQueue[tuple[_Client, bytes]] = server._new_queue()
         # What the I/O thread wants logged: logging may block, and belongs to the other thread.
-        self._notes: deque[tuple[Any, ...]] = deque(maxlen=1000)
+        self._log_records: deque[tuple[Any, ...]] = deque(maxlen=1000)
         self._failure: BaseException | None = None
         # Each of these is set once.
         self._has_begun = False
@@ -2156,12 +2162,12 @@ class _Service:
     def run_handler(self) -> None:
         """Call the handler for one request after the other, until the I/O thread has ended."""
         while not self._has_ended:
-            client = _get(self._requests, _SLICE)
-            self._write_notes()
+            client = _get(self._requests, _LONGEST_WAIT)
+            self._write_log()
             if client is not None:
                 self._responses.put((client, self._call_handler(client.request)))
                 self._wake()
-        self._write_notes()
+        self._write_log()
         failure, self._failure = self._failure, None
         try:
             if failure is not None:
@@ -2216,9 +2222,9 @@ class _Service:
             return _error_text(error)
         return SHIM_SUCCESS
 
-    def _write_notes(self) -> None:
-        while self._notes:
-            level, message, *arguments = self._notes.popleft()
+    def _write_log(self) -> None:
+        while self._log_records:
+            level, message, *arguments = self._log_records.popleft()
             _log(level, f"%s: {message}", self._server.pipe_path, *arguments)
 
     def _wake(self) -> None:
@@ -2253,25 +2259,25 @@ class _Service:
         except Exception as error:
             import traceback
 
-            self._notes.append(("error", "the I/O thread has failed: %s", traceback.format_exc()))
+            self._log_later("error", "the I/O thread has failed: %s", traceback.format_exc())
             self._failure = error
         finally:
             self._has_ended = True
             self._requests.put(None)
 
     def _serve(self) -> None:
-        early = self._server._listener.early
+        came_early = self._server._listener.came_early
         while True:
             if self._must_stop():
                 self._begin_to_stop()
-            while early and not self._is_stopping:
+            while came_early and not self._is_stopping:
                 try:
-                    self._admit(early.popleft())
+                    self._admit(came_early.popleft())
                 except OSError as error:
-                    self._notes.append(("error", "a client can't be let in: %s", str(error)))
+                    self._log_later("error", "a client can't be let in: %s", str(error))
             self._deliver_responses()
             self._cut_off_late_clients()
-            self._open_or_close_the_door()
+            self._offer_or_use_up()
             if self._is_stopping and not self._clients:
                 return
             self._take_packet()
@@ -2290,10 +2296,10 @@ class _Service:
             if client:
                 self._resume(client, _STOPPED)
         for client in list(self._clients):
-            if client.is_idle and client is not self._offered:
+            if client.ends_on_stop and client is not self._offered:
                 client.cut_off()
         for client in list(self._deadlines):
-            self._allow(client, is_idle=client.is_idle)
+            self._start_time_limit(client, ends_on_stop=client.ends_on_stop)
 
     def _deliver_responses(self) -> None:
         # In this order: what the handler's thread has put before it left must not be lost.
@@ -2316,7 +2322,7 @@ class _Service:
             client, _ = self._deadlines.popitem(last=False)
             client.cut_off()
 
-    def _open_or_close_the_door(self) -> None:
+    def _offer_or_use_up(self) -> None:
         """Offer an instance while clients may come in, and use it up when they may not."""
         try:
             # Once more if a client was faster than ConnectNamedPipe.
@@ -2330,7 +2336,7 @@ class _Service:
                 self._offered = None
         except OSError as error:
             if not self._retry_at:
-                self._notes.append(("error", "no client can be let in: %s", str(error)))
+                self._log_later("error", "no client can be let in: %s", str(error))
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             if self._offered:
                 self._offered.cut_off()
@@ -2342,6 +2348,10 @@ class _Service:
             and len(self._at_handler) <= 1  # one is being handled, nobody waits
             and self._connected < self._server.max_clients
         )
+
+    def _log_later(self, level: str, message: str, detail: object) -> None:
+        """Have the handler's thread log this."""
+        self._log_records.append((level, message, detail))
 
     def _admit(self, instance: _Handle) -> _Client:
         """Wait for a client on an instance, and serve it."""
@@ -2403,16 +2413,16 @@ class _Service:
             pass
         except _PipeError as error:
             # Not the exception itself: its text is for clients, its traceback keeps the pipe open.
-            self._notes.append(("debug", "a client has failed: Win32 error %s", error.winerror))
+            self._log_later("debug", "a client has failed: Win32 error %s", error.winerror)
             client.cut_off()
         except Exception as error:
-            self._notes.append(("error", "a client was given up: %s", repr(error)))
+            self._log_later("error", "a client was given up: %s", repr(error))
             client.cut_off()
         client.tasks -= 1
         if not client.tasks:
-            self._see_off(client)
+            self._close_client(client)
 
-    def _see_off(self, client: _Client) -> None:
+    def _close_client(self, client: _Client) -> None:
         self._clients.discard(client)
         self._deadlines.pop(client, None)
         self._connected -= client.is_connected
@@ -2421,14 +2431,14 @@ class _Service:
         client.conversation = None
         client.handle = None  # the last reference: this closes the handle
 
-    def _allow(self, client: _Client, *, is_idle: bool) -> None:
+    def _start_time_limit(self, client: _Client, *, ends_on_stop: bool) -> None:
         """Give a client the time limit for its next step."""
         self._deadlines.pop(client, None)
         seconds = self._server.request_timeout
         if self._is_stopping:
             seconds = _STOP_GRACE if seconds is None else min(seconds, _STOP_GRACE)
         self._deadlines[client] = _deadline(seconds)
-        client.is_idle = is_idle
+        client.ends_on_stop = ends_on_stop
 
     # The tasks of a client.
 
@@ -2444,23 +2454,23 @@ class _Service:
         self._connected += 1
         is_leaving = False
         try:
-            self._allow(client, is_idle=True)
+            self._start_time_limit(client, ends_on_stop=True)
             response = yield from self._receive(client)
             # A client that was cut off while it sent its request is still told why.
             client.is_cut_off = False
             self._begin(client, self._drain(client))
             if response is None:
                 self._deadlines.pop(client, None)
-                client.is_idle = False
+                client.ends_on_stop = False
                 self._at_handler.append(client)
                 self._requests.put(client)
                 response = yield None
             if response is not None:
-                self._allow(client, is_idle=False)
+                self._start_time_limit(client, ends_on_stop=False)
                 yield from self._write(client, response)
             if response == SHIM_SUCCESS:
                 yield from self._write(client, b"")
-                self._allow(client, is_idle=True)
+                self._start_time_limit(client, ends_on_stop=True)
                 is_leaving = not self._is_stopping
         finally:
             # After a success, _drain() goes on until the client has left.
@@ -2731,6 +2741,9 @@ def _make_parser() -> argparse.ArgumentParser:
         command.set_defaults(op=op)
 
     command = add_command("list", _run_list, "list runhcs's containers on this host", "--json")
+    command.description += """.
+VM SHIM says of the shim of a container's VM: free; busy (it serves somebody, or
+is booting); absent (nobody listens); or - (the container runs in no VM)"""
     add_root(command)
     how = command.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print a JSON array")

@@ -22,14 +22,15 @@ MISTAKES: list[Mistake] = [
     # One operation.
     Mistake(
         "what is cancelled is waited for",
-        "            while self.is_pending():\n                self.wait(_SLICE)\n",
+        "            while self.is_pending():\n                self.wait(_LONGEST_WAIT)\n",
         "            while self.is_pending() and not cancelled:\n"
-        "                self.wait(_SLICE)\n",
+        "                self.wait(_LONGEST_WAIT)\n",
     ),
     Mistake(
         "what ends by itself while it is cancelled is waited for",
-        "            while self.is_pending():\n                self.wait(_SLICE)\n",
-        "            while self.is_pending() and cancelled:\n                self.wait(_SLICE)\n",
+        "            while self.is_pending():\n                self.wait(_LONGEST_WAIT)\n",
+        "            while self.is_pending() and cancelled:\n"
+        "                self.wait(_LONGEST_WAIT)\n",
     ),
     Mistake(
         "what is waited for is cancelled first",
@@ -180,8 +181,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a response wakes the I/O thread",
-        "                self._wake()\n        self._write_notes()\n",
-        "        self._write_notes()\n",
+        "                self._wake()\n        self._write_log()\n",
+        "        self._write_log()\n",
     ),
     Mistake(
         "who leaves the handler wakes the I/O thread",
@@ -329,13 +330,13 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a client that came early isn't lost",
-        "            self.early.append(instance)\n",
+        "            self.came_early.append(instance)\n",
         "",
     ),
     Mistake(
         "nobody else can connect to the name's keeper",
         "        while not self.use_up():\n"
-        "            self.early.append(instance)\n"
+        "            self.came_early.append(instance)\n"
         "            instance = self.create()\n",
         "",
     ),
