@@ -702,7 +702,7 @@ class BadInputTest(Case):
             ("timeout", [dial, *issuers], seconds),
             ("request_timeout", [serve], seconds),
             ("max_response", [check, *issuers], (3, 0, -1)),
-            ("max_clients", [serve], (0, -1)),
+            ("max_clients", [serve], (0, -1, math.nan)),
         ]
         for name, calls, wrongs in cases:
             for call, wrong in itertools.product(calls, wrongs):
@@ -716,6 +716,8 @@ class BadInputTest(Case):
                     self.assertRegex(text, f"^{name} must be ")
         self.assertRegex(str(self.caught(TypeError, check, max_response=100.0)), "^max_response")
         self.caught(ValueError, serve, request_timeout=0)
+        self.caught(TypeError, VMShimServer, path, None)
+        self.caught(TypeError, issue_vm_request, path, ("a", "create"))
 
     def test_timeout_of_any_length_is_a_deadline(self) -> None:
         for seconds in 1e300, 10**400, math.inf:
@@ -1573,6 +1575,40 @@ class PipeTest(PipeCase):
             thread = self.run_aside(lambda: self.caught(kind, call))
             self.assertTrue(started.wait(LONG))
         return thread
+
+    def test_error_that_a_signal_handler_replaces_changes_no_end_of_an_operation(self) -> None:
+        client, server = self.pair()
+        wait = vmshim._kernel32.GetOverlappedResultEx
+        waiting = threading.Event()
+
+        def wait_and_replace(*arguments: Any) -> Any:
+            waiting.set()
+            result = wait(*arguments)
+            set_last_error(0)
+            return result
+
+        def respond() -> None:
+            waiting.wait(LONG)
+            server.write(b"data")
+            server.close()
+
+        self.run_aside(respond)
+        with mock.patch.object(vmshim._kernel32, "GetOverlappedResultEx", wait_and_replace):
+            self.assertEqual([client.read(10), client.read(10)], [b"data", b""])
+
+    def test_failure_whose_error_is_replaced_by_none_is_still_a_failure(self) -> None:
+        client, server = self.pair()
+        server.close()
+        with mock.patch.object(vmshim, "_last_error", lambda: 0):
+            self.caught(OutcomeUnknownError, client.write, b"x")
+            self.caught(OutcomeUnknownError, client.read, 10)
+
+    def test_pipe_is_neither_copied_nor_pickled(self) -> None:
+        client, server = self.pair()
+        self.caught(TypeError, copy.deepcopy, client)
+        self.caught(TypeError, pickle.dumps, client)
+        server.write(b"data")
+        self.assertEqual(client.read(10), b"data")
 
     def test_operation_whose_error_a_signal_handler_has_replaced_is_not_let_go(self) -> None:
         client, _ = self.pair()
@@ -2705,6 +2741,12 @@ class ServerTest(ServerCase):
         self.assertIn("ZeroDivisionError: a bug", logs.output[0])
         self.assertIn("Traceback", logs.output[0])
         self.assertNotIn("Traceback", logs.output[1])
+
+    def test_handler_that_returns_something_to_await_has_a_bug_and_no_success(self) -> None:
+        awaitable = types.SimpleNamespace(__await__=nothing)  # as a coroutine function does
+        self.start_server(lambda request: awaitable)
+        with self.assertLogs("vmshim", logging.ERROR):
+            self.assertIn(b"to await", self.raw_exchange(wire()))
 
     def test_what_the_reference_decodes_is_accepted(self) -> None:
         requests: list[VMRequest] = []

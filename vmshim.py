@@ -405,7 +405,6 @@ WAIT_TIMEOUT = 258
 ERROR_NO_MORE_ITEMS = 259
 ERROR_PIPE_CONNECTED = 535
 ERROR_OPERATION_ABORTED = 995
-ERROR_IO_INCOMPLETE = 996
 ERROR_IO_PENDING = 997
 ERROR_KEY_DELETED = 1018
 
@@ -1042,6 +1041,7 @@ LPOVERLAPPED = ctypes.POINTER(OVERLAPPED)
 if sys.platform == "win32":
     _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
     _advapi32 = ctypes.WinDLL("advapi32", use_last_error=True)
+    _ntdll = ctypes.WinDLL("ntdll")
 
     def _finaliser(function: str) -> Any:
         """Return a __del__ that passes the object to a function of kernel32.
@@ -1056,15 +1056,20 @@ if sys.platform == "win32":
         bind.argtypes = (ctypes.py_object,)
         return bind(free)
 
+    def _refuse_to_copy(self: object) -> NoReturn:
+        raise TypeError("what Windows has handed out once can't be copied or pickled")
+
     class _Handle(ctypes.c_void_p):
         """A kernel handle. It is closed, once, when the last reference to it goes."""
 
         __del__ = _finaliser("CloseHandle")
+        __reduce__ = _refuse_to_copy
 
     class _SecurityDescriptor(ctypes.c_void_p):
         """A security descriptor in memory that Windows has allocated, freed like a handle."""
 
         __del__ = _finaliser("LocalFree")
+        __reduce__ = _refuse_to_copy
 
     def _prototype(library: ctypes.WinDLL, function: str, restype: Any, **parameters: Any) -> None:
         """Declare a function of Windows, and its parameters by their names."""
@@ -1178,6 +1183,7 @@ if sys.platform == "win32":
         SecurityDescriptor=ctypes.POINTER(_SecurityDescriptor),
         SecurityDescriptorSize=LPDWORD,
     )
+    _prototype(_ntdll, "RtlNtStatusToDosError", DWORD, Status=DWORD)
 else:
 
     class _NeedsWindows:
@@ -1189,7 +1195,7 @@ else:
                 errno.ENOSYS, f"a runhcs pipe needs Windows, and this is {sys.platform}"
             )
 
-    _kernel32 = _advapi32 = _NeedsWindows()
+    _kernel32 = _advapi32 = _ntdll = _NeedsWindows()
 
     class _Handle(ctypes.c_void_p):
         """A kernel handle, which only Windows has."""
@@ -1215,11 +1221,6 @@ _Chunk = ctypes.c_char * 8192
 
 _NOT_STARTED = 1
 """Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
-
-_STARTED = (0, ERROR_IO_PENDING)
-"""What a started operation may say at once."""
-_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)
-"""What a wait for an operation may say that has not ended."""
 
 _under_way: dict[int, tuple[OVERLAPPED, object]] = {}
 """What Windows may still write to, by the address of its OVERLAPPED. It keeps the memory, whatever
@@ -1248,26 +1249,36 @@ class _Operation:
         self.overlapped.hEvent = event.value
 
     def start(self) -> int:
-        """Start it. Return its Win32 error; Windows tells its end only if that is in _STARTED."""
+        """Start it. Return 0, ERROR_IO_PENDING, or why it failed at once."""
         _under_way[self.address] = self.overlapped, self.arguments
-        started = self.function(self.handle, *self.arguments, self.overlapped)
-        error = 0 if started else _last_error()
+        if self.function(self.handle, *self.arguments, self.overlapped):
+            self._is_started = True
+            return 0
+        error = _last_error()
         # A failure leaves Internal at STATUS_PENDING for ever. Windows is asked whether it was one:
         # a signal's handler may have replaced the error of an operation that is under way.
-        if error in _STARTED or _kernel32.CancelIoEx(self.handle, self.overlapped):
+        if error == ERROR_IO_PENDING or _kernel32.CancelIoEx(self.handle, self.overlapped):
             self._is_started = True
-        else:
-            self.overlapped.Internal = _NOT_STARTED
-        return error
+            return ERROR_IO_PENDING
+        self.overlapped.Internal = _NOT_STARTED
+        return error or ERROR_OPERATION_ABORTED
+
+    def error(self) -> int:
+        """Return the Win32 error of its end, or ERROR_IO_PENDING before that.
+
+        Windows' own record has it. ctypes' last error may be another call's by now: a signal's
+        handler may run between any two steps of Python.
+        """
+        status = self.overlapped.Internal
+        if status == STATUS_PENDING:
+            return ERROR_IO_PENDING
+        return int(_ntdll.RtlNtStatusToDosError(status)) if status else 0
 
     def wait(self, seconds: float) -> int:
-        """Wait for its end. Return its Win32 error, or one of _UNFINISHED if the time is over."""
+        """Wait for its end, and return its error()."""
         milliseconds = math.ceil(seconds * 1000)
-        if _kernel32.GetOverlappedResultEx(
-            self.handle, self.overlapped, DWORD(), milliseconds, False
-        ):
-            return 0
-        return _last_error()
+        _kernel32.GetOverlappedResultEx(self.handle, self.overlapped, DWORD(), milliseconds, False)
+        return self.error()
 
     def is_pending(self) -> bool:
         return bool(self.overlapped.Internal == STATUS_PENDING)
@@ -1506,7 +1517,7 @@ class Pipe(io.RawIOBase):
             if self._operations[0] is not operation:
                 operation.signal_by(self._new_event())
             error = operation.start()
-            while error in _UNFINISHED:
+            while error == ERROR_IO_PENDING:
                 seconds = self.deadline - time.monotonic()
                 timed_out = seconds <= 0
                 if timed_out or self.closed:
@@ -1601,6 +1612,8 @@ def issue_vm_request(
     - OutcomeUnknownError (ResponseTimeoutError, ConnectionLostError, or itself for an empty
       response): the request may have been carried out, or may be later.
     """
+    if not isinstance(request, VMRequest):
+        raise TypeError(f"request must be a VMRequest, not {type(request).__name__}")
     request.check()
     _check_max_response(max_response)
     message = request.to_json()
@@ -1943,9 +1956,11 @@ class VMShimServer:
     ) -> None:
         _check_local_pipe_path(pipe_path)
         _check_timeout("request_timeout", request_timeout)
+        if not callable(handler):
+            raise TypeError(f"handler must be callable, not {handler!r}")
         if request_timeout == 0:
             raise ValueError("request_timeout must be more than 0, or no client could be heard")
-        if max_clients < 1:
+        if not max_clients >= 1:
             raise ValueError(f"max_clients must be at least 1, not {max_clients!r}")
         self.pipe_path = pipe_path
         self.handler = handler
@@ -2213,7 +2228,9 @@ class _Service:
         """Return the response: success, or the text of the handler's exception."""
         path = self._server.pipe_path
         try:
-            self._server.handler(request)
+            result = self._server.handler(request)
+            if hasattr(result, "__await__"):
+                raise TypeError("the handler returned something to await, which nobody does")
         except ShimError as error:
             _log("info", "%s: %r refused: %s", path, request, error)
             return _error_text(error)
@@ -2366,16 +2383,15 @@ class _Service:
     def _take_packet(self) -> None:
         """Wait until an operation ends, somebody wakes us, or a deadline has come."""
         count, key, overlapped = DWORD(), ULONG_PTR(), LPVOID()
-        ended = _kernel32.GetQueuedCompletionStatus(
+        _kernel32.GetQueuedCompletionStatus(
             self._port, count, key, overlapped, self._milliseconds()
         )
-        error = 0 if ended else _last_error()
         if overlapped.value is None:
             return
         operation, client, task = self._operations.pop(overlapped.value)
         client.operations.remove(operation)
         operation.end()
-        self._advance(client, task, (error, count.value))
+        self._advance(client, task, (operation.error(), count.value))
 
     def _milliseconds(self) -> int:
         deadline = next(iter(self._deadlines.values()), math.inf)
@@ -2401,7 +2417,7 @@ class _Service:
                     self._operations[operation.address] = operation, client, task
                     client.operations.add(operation)
                     error = operation.start()
-                    if error in _STARTED:
+                    if error in (0, ERROR_IO_PENDING):
                         return
                     del self._operations[operation.address]
                     client.operations.remove(operation)

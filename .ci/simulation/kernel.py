@@ -1156,6 +1156,10 @@ class Kernel:
         error = WAIT_TIMEOUT if milliseconds else ERROR_IO_INCOMPLETE
         return self._overlapped_result(process, handle, overlapped, count, seconds, error)
 
+    def RtlNtStatusToDosError(self, process: Process, status: int) -> int:
+        """Return the Win32 error that an NTSTATUS stands for."""
+        return ERRORS.get(status, ERROR_MR_MID_NOT_FOUND)
+
     def _overlapped_result(
         self,
         process: Process,

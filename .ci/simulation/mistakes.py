@@ -49,8 +49,8 @@ MISTAKES: list[Mistake] = [
     ),
     Mistake(
         "a wait that ran out is no end",
-        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE, WAIT_TIMEOUT)",
-        "_UNFINISHED = (ERROR_IO_PENDING, ERROR_IO_INCOMPLETE)",
+        "            while error == ERROR_IO_PENDING:\n",
+        "            if error == ERROR_IO_PENDING:\n",
     ),
     Mistake(
         "however it is left, an operation is ended",
@@ -289,9 +289,9 @@ MISTAKES: list[Mistake] = [
         "the server lets go of an operation that has ended",
         "        client.operations.remove(operation)\n"
         "        operation.end()\n"
-        "        self._advance(client, task, (error, count.value))\n",
+        "        self._advance(client, task, (operation.error(), count.value))\n",
         "        client.operations.remove(operation)\n"
-        "        self._advance(client, task, (error, count.value))\n",
+        "        self._advance(client, task, (operation.error(), count.value))\n",
     ),
     Mistake(
         "cutting off cancels",
