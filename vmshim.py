@@ -1257,11 +1257,15 @@ class _Operation:
         error = _last_error()
         # A failure leaves Internal at STATUS_PENDING for ever. Windows is asked whether it was one:
         # a signal's handler may have replaced the error of an operation that is under way.
-        if error == ERROR_IO_PENDING or _kernel32.CancelIoEx(self.handle, self.overlapped):
-            self._is_started = True
-            return ERROR_IO_PENDING
-        self.overlapped.Internal = _NOT_STARTED
-        return error or ERROR_OPERATION_ABORTED
+        if (
+            error != ERROR_IO_PENDING
+            and not _kernel32.CancelIoEx(self.handle, self.overlapped)
+            and self.overlapped.Internal in (STATUS_PENDING, _NOT_STARTED)
+        ):
+            self.overlapped.Internal = _NOT_STARTED
+            return error or ERROR_OPERATION_ABORTED
+        self._is_started = True
+        return ERROR_IO_PENDING
 
     def error(self) -> int:
         """Return the Win32 error of its end, or ERROR_IO_PENDING before that.
