@@ -107,6 +107,7 @@ ERROR_PIPE_BUSY = 231
 ERROR_NO_DATA = 232
 ERROR_PIPE_NOT_CONNECTED = 233
 ERROR_PIPE_CONNECTED = 535
+ERROR_INTERNAL_ERROR = 1359
 STATUS_PENDING = 0x103
 STATUS_CANCELLED = 0xC0000120
 
@@ -526,7 +527,14 @@ def start_python(code: str, **options: Any) -> subprocess.Popen[bytes]:
 
 def start_process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([sys.executable, *arguments], **{**streams, **options})
+    command = [sys.executable, *arguments]
+    try:
+        return subprocess.Popen(command, **{**streams, **options})
+    except OSError as error:
+        # Wine says so once in some thousand times, if the machine is busy.
+        if winerror(error) != ERROR_INTERNAL_ERROR:
+            raise
+    return subprocess.Popen(command, **{**streams, **options})
 
 
 def run_cli(*arguments: str) -> tuple[int, str, str]:
