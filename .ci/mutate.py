@@ -1,6 +1,6 @@
 """Break each rule of vmshim.py, one at a time, and see the suite fail each time.
 
-`python3 .ci/mutate.py` takes about half an hour; `--only REGEX` tries some. A rule that can be
+`python3 .ci/mutate.py` takes about an hour; `--only REGEX` tries some. A rule that can be
 broken unnoticed is printed as SURVIVED, and the exit status is 1.
 
 mutations.txt holds the rules:
