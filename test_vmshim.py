@@ -1674,6 +1674,13 @@ class PipeTest(PipeCase):
         self.assert_nothing_is_under_way()
         self.assertEqual(server.read(), b"")
 
+    def test_operation_that_begins_while_another_thread_closes_the_pipe_ends_at_once(self) -> None:
+        client, _ = self.pair()
+        client.deadline = math.inf
+        with spying("ReadFile", before=lambda: self.run_aside(client.close).join(LONG)):
+            self.caught(ValueError, client.read, 10)
+        self.assert_nothing_is_under_way()
+
     def test_close_waits_for_a_pending_write_of_another_thread(self) -> None:
         client, server = self.pair(buffers=0)
         writer = self.while_another_thread("WriteFile", lambda: client.write(b"x"), ValueError)
