@@ -3123,10 +3123,12 @@ class ManyClientsTest(ServerCase):
 
     def test_clients_that_leave_and_an_instance_that_is_used_up_are_no_failures(self) -> None:
         with self.assertLogs("vmshim", logging.DEBUG) as logs:
-            server = self.make_server(refuse)
+            server = self.make_server(
+                lambda request: refuse(request) if request.id == "no" else None
+            )
             thread = self.serve_in_thread(server)
-            for _ in range(3):
-                self.raw_exchange(wire())
+            for id in "yes", "no", "yes":
+                self.raw_exchange(wire(id))
             server.close()
             self.assert_ends(thread)
         self.assertNotIn("fail", "".join(logs.output))
