@@ -4108,6 +4108,9 @@ assert "logging" not in sys.modules
         self.start_server(lambda request: None)
         code = f"""
 import __future__, _thread, collections, ctypes, enum, errno, io, math, os, sys, time
+class Structure(ctypes.Structure):  # from 3.14 on ctypes loads modules for the first one
+    _fields_ = [("field", ctypes.c_int)]
+
 loaded = set(sys.modules)
 sys.path.insert(0, {HERE!r})
 import vmshim
