@@ -1937,7 +1937,7 @@ class DialTest(PipeCase):
         self.make_busy()
         for timeout in 0, 0.05, 0.25:
             self.dial_in_vain(PipeBusyError, 231, "nothing was sent", connect_timeout=timeout)
-        with spying("WaitNamedPipeW") as waits:
+        with spying("WaitNamedPipeW") as waits, mock.patch.object(time, "sleep", self.fail):
             self.dial_in_vain(PipeBusyError, 231, "nothing was sent", connect_timeout=0.25)
         self.assertGreater(sum(milliseconds for _, milliseconds in waits), 100)
         self.assertLessEqual({milliseconds for _, milliseconds in waits}, set(range(101)))
@@ -1972,6 +1972,26 @@ class DialTest(PipeCase):
         # ERROR_FILE_NOT_FOUND, as in some containers
         with failing("WaitNamedPipeW", *[2] * 9), spying("WaitNamedPipeW", before=free):
             dial_pipe(self.path, connect_timeout=LONG).close()
+
+    def test_client_that_lost_an_instance_to_another_stands_back_for_a_random_while(self) -> None:
+        self.make_busy()
+        waits: list[int] = []
+        pauses: list[float] = []
+
+        def wait(path: str, milliseconds: int) -> int:
+            waits.append(milliseconds)
+            return 1  # and make_busy() has another client have the instance
+
+        def sleep(seconds: float, really: Callable[[float], None] = time.sleep) -> None:
+            pauses.append(seconds)
+            really(seconds)
+
+        with mock.patch.object(vmshim._kernel32, "WaitNamedPipeW", wait):
+            with mock.patch.object(time, "sleep", sleep):
+                self.caught(PipeBusyError, dial_pipe, self.path, connect_timeout=0.5)
+        self.assertIn(len(waits) - len(pauses), (0, 1))
+        self.assertGreater(len(set(pauses)), 2)
+        self.assertLess(max(pauses), 0.033)
 
     def test_wait_is_never_for_0_which_is_the_default_of_the_server(self) -> None:
         self.make_busy()

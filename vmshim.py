@@ -1561,6 +1561,7 @@ def dial_pipe(
     _check_timeout("connect_timeout", connect_timeout)
     _check_timeout("timeout", timeout)
     give_up = _deadline(connect_timeout)
+    offered = False
     while True:
         handle = _open_pipe(path)
         if handle.value != INVALID_HANDLE_VALUE:
@@ -1571,13 +1572,23 @@ def dial_pipe(
         seconds = min(_LONGEST_WAIT, give_up - time.monotonic())
         if error != ERROR_PIPE_BUSY or seconds <= 0:
             raise _open_error(error, path)
-        # Ignore what WaitNamedPipeW says and try again: another client may take the instance first,
-        # and in some containers the wait fails at once. 0 would mean the server's default time.
-        if (
-            not _kernel32.WaitNamedPipeW(path, max(1, int(seconds * 1000)))
-            and _last_error() != ERROR_SEM_TIMEOUT
-        ):
-            time.sleep(min(0.01, seconds))
+        if not offered:
+            offered = _wait_for_instance(path, seconds)
+        else:
+            # A new instance wakes all who wait, and another client took it. Stand back for a random
+            # while: where all of them rush at each instance, 16 get a third as much done.
+            time.sleep(min(os.urandom(1)[0] / 8000, seconds))
+            offered = False
+
+
+def _wait_for_instance(path: str, seconds: float) -> bool:
+    """Return whether the server has offered one by then, to whoever comes first."""
+    # 0 would mean the server's default time.
+    if _kernel32.WaitNamedPipeW(path, max(1, int(seconds * 1000))):
+        return True
+    if _last_error() != ERROR_SEM_TIMEOUT:  # in some containers the wait fails at once
+        time.sleep(min(0.01, seconds))
+    return False
 
 
 def _open_pipe(path: str) -> _Handle:

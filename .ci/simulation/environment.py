@@ -1,4 +1,4 @@
-"""What vmshim.py sees of the world: ctypes, time, _thread, queue and sys, all of them simulated.
+"""What vmshim.py sees of the world, simulated: ctypes, time, _thread, queue, sys, os.urandom().
 
 A `Slot` is one copy of the unchanged vmshim.py in a namespace of its own, as one process has it.
 Loading it takes some milliseconds, so the slots are kept and get a new process for each run. Its
@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import ctypes
 import math
+import os
 import sys
 import types
 from collections import deque
@@ -128,12 +129,15 @@ class Slot:
         )
         time.__dict__.update(sleep=self._sleep)
         system = _System("sys")
+        operating_system = types.ModuleType("os")
+        operating_system.__dict__.update(os.__dict__, urandom=self._urandom)
         system.__dict__.update(platform="win32", modules={})
         logging = types.ModuleType("logging")
         logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
         return {
             "ctypes": self._ctypes(),
             "logging": logging,
+            "os": operating_system,
             "queue": queue,
             "_thread": thread,
             "time": time,
@@ -153,6 +157,12 @@ class Slot:
             self.scheduler.note(f"sleep {seconds:.3f}")
         self.scheduler.block(self.scheduler.now + seconds)
         self.leave(task, "sleep")
+
+    # os
+
+    def _urandom(self, size: int) -> bytes:
+        """These bytes come again in a replay, which the system's would not."""
+        return bytes([int(self.scheduler.now * 1000) % 256] * size)
 
     # _thread
 
