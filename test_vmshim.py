@@ -43,6 +43,7 @@ import types
 import unittest
 import uuid
 from datetime import datetime, timedelta, timezone
+from queue import SimpleQueue
 from typing import Any, Callable, ContextManager, Iterator, NamedTuple, TypeVar
 from unittest import mock
 
@@ -1697,11 +1698,26 @@ class PipeTest(PipeCase):
         client, _ = self.pair()
         client.write(b"data")
         flushing = threading.Event()
-        with spying("FlushFileBuffers", before=flushing.set):
+        waiting = set()
+
+        def get(*arguments: Any, really: Callable[..., Any] = vmshim._get) -> Any:
+            waiting.add(_thread.get_ident())
+            return really(*arguments)
+
+        with spying("FlushFileBuffers", before=flushing.set), mock.patch.object(
+            vmshim, "_get", get
+        ):
             waiter = self.run_aside(lambda: self.caught(ValueError, client.close_write))
             self.assertTrue(flushing.wait(LONG))
             client.close()
             waiter.join(LONG)
+        # Of two that wait for one item, the second may wait for ever (see _get()).
+        self.assertLessEqual(waiting, {waiter.ident})
+
+    def test_queue_is_asked_in_vain_before_it_is_waited_for(self) -> None:
+        queue = mock.Mock(wraps=SimpleQueue())
+        self.assertIsNone(vmshim._get(queue, 0.01))
+        self.assertEqual(queue.get.mock_calls, [mock.call(False, 0), mock.call(True, 0.01)])
 
     def test_cancel_ends_a_close_write_and_sends_nothing_that_would_be_lost(self) -> None:
         client, server = self.pair()

@@ -1353,7 +1353,7 @@ class _Flush:
         while self._begun and not self._done and not sys.is_finalizing():
             # Again and again, because the thread may not have called FlushFileBuffers yet.
             _kernel32.CancelIoEx(self._handle, None)
-            self.wait(0.01)
+            time.sleep(0.001)
 
     def release(self) -> None:
         """Give the handle back."""
@@ -1364,10 +1364,14 @@ def _get(queue: SimpleQueue[Any], seconds: float) -> Any:
     """Return the next item of a queue, or None if there is none in time."""
     from queue import Empty
 
-    try:
-        return queue.get(timeout=seconds)
-    except Empty:
-        return None
+    # Before CPython 3.13, get(timeout=...) waits for ever if the queue's own lock is free and the
+    # time is over when it has taken it. get_nowait() leaves that lock taken.
+    for timeout in 0, seconds:
+        try:
+            return queue.get(timeout > 0, timeout)
+        except Empty:
+            pass
+    return None
 
 
 def _check_timeout(name: str, seconds: float | None) -> None:

@@ -186,17 +186,24 @@ class Slot:
         slot = self
 
         class SimpleQueue:
-            """queue.SimpleQueue: C code, so each call is one step to a signal."""
+            """queue.SimpleQueue: C code, so each call is one step to a signal.
+
+            Until CPython 3.12 it has a lock, which put() releases and get() takes. If a get() has
+            taken it, and the queue is empty because another was faster or nobody had put anything,
+            it waits for ever if its time is over by then. Here it always is.
+            """
 
             def __init__(self) -> None:
                 self._items: deque[Any] = deque()
                 self._waiters: list[Any] = []
+                self._is_locked = False
 
             def put(self, item: Any) -> None:
                 task = slot.enter("put")
                 if slot.scheduler.keep_history:
                     slot.scheduler.note("put")
                 self._items.append(item)
+                self._is_locked = False
                 for waiter in self._waiters:
                     slot.scheduler.wake(waiter)
                 slot.leave(task, "put")
@@ -206,10 +213,14 @@ class Slot:
                 scheduler = slot.scheduler
                 deadline = math.inf if timeout is None else scheduler.now + timeout
                 while not self._items and block and scheduler.now < deadline:
+                    if not self._is_locked:
+                        self._is_locked = True
+                        deadline = math.inf
                     self._waiters.append(task)
                     scheduler.block(deadline)
                     self._waiters.remove(task)
                 if not self._items:
+                    self._is_locked = True
                     slot.leave(task, "get")
                     raise Empty
                 item = self._items.popleft()

@@ -121,6 +121,11 @@ MISTAKES: list[Mistake] = [
         "        if self._begun and not self._done:\n            # Again",
     ),
     Mistake(
+        "a queue is asked in vain before it is waited for",
+        "    for timeout in 0, seconds:\n",
+        "    for timeout in (seconds,):\n",
+    ),
+    Mistake(
         "a flush ends with the deadline",
         "                if not has_ended and time.monotonic() >= self.deadline:\n",
         "                if False:\n",
