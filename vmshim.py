@@ -1364,8 +1364,8 @@ def _get(queue: SimpleQueue[Any], seconds: float) -> Any:
     """Return the next item of a queue, or None if there is none in time."""
     from queue import Empty
 
-    # Before CPython 3.13, get() waits for ever if the queue's own lock was free and the time is over
-    # when it has taken it. The first attempt, which does not wait, leaves the lock taken.
+    # Before CPython 3.13, get() waits for ever if the queue's own lock was free, and the time is
+    # over when it has taken it. The first attempt, which does not wait, leaves the lock taken.
     for timeout in 0, seconds:
         try:
             return queue.get(timeout > 0, timeout)
