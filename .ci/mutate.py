@@ -160,16 +160,20 @@ def run_suite(source: str, first: str, left_out: list[str], *, failfast: bool) -
                 file.write(text)
         python = os.path.join(HERE, "wine-python")
         options = [first, " ".join(left_out), "failfast" if failfast else ""]
-        suite = subprocess.run(
-            ["timeout", "-s", "KILL", str(TIMEOUT), python, "run_tests.py", *options],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        )
-    return suite.returncode, suite.stdout
+        # A file and not a pipe, which a process that the suite has left would keep open.
+        with open(os.path.join(folder, "output"), "w+b") as log:
+            suite = subprocess.run(
+                ["timeout", "-s", "KILL", str(TIMEOUT), python, "run_tests.py", *options],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            log.seek(0)
+            output = log.read().decode(errors="replace")
+        # Its processes have the folder in their command lines.
+        subprocess.run(["pkill", "-KILL", "-f", os.path.basename(folder)])
+    return suite.returncode, output
 
 
 def failures_in(output: str) -> list[str]:
