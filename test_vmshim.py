@@ -1712,7 +1712,7 @@ class PipeTest(PipeCase):
             client.close()
             waiter.join(LONG)
         # Of two that wait for one item, the second may wait for ever (see _get()).
-        self.assertLessEqual(waiting, {waiter.ident})
+        self.assertNotIn(_thread.get_ident(), waiting)
 
     def test_queue_is_asked_in_vain_before_it_is_waited_for(self) -> None:
         queue = mock.Mock(wraps=SimpleQueue())
@@ -2655,12 +2655,28 @@ class ContainerRequestTest(RegistryCase):
         self.assertRegex(str(error), "^invalid GUID")
         self.assertIsNotNone(error.exit_code)
 
-    def test_options_that_are_no_json_object_fail_the_launch(self) -> None:
+    def start_shim(self) -> subprocess.Popen[bytes]:
         arguments = "serve", "--handshake", "--pipe", self.path
-        with start_process(vmshim.__file__, *arguments) as shim:
-            out, _ = shim.communicate(b"[]", timeout=LONG)
+        shim = self.enter(start_process(vmshim.__file__, *arguments))
+        self.addCleanup(shim.kill)
+        return shim
+
+    def test_options_that_are_no_json_object_fail_the_launch(self) -> None:
+        shim = self.start_shim()
+        out, _ = shim.communicate(b"[]", timeout=LONG)
         self.assertEqual(out, b"the options on stdin must be an object")
         self.assertEqual(shim.returncode, 2)
+
+    def test_launched_shim_prints_to_stderr(self) -> None:
+        shim = self.start_shim()
+        assert shim.stdin and shim.stdout and shim.stderr
+        shim.stdin.write(b"{}")
+        shim.stdin.close()
+        self.assertEqual(shim.stdout.read(), SHIM_SUCCESS)
+        issue_vm_request(self.path, VMRequest("c", "unmount"), connect_timeout=LONG, timeout=LONG)
+        shim.kill()
+        _, request = shim.stderr.read().splitlines()
+        self.assertEqual(request, b"unmount c")
 
     def test_process_of_a_container_is_started_by_connecting(self) -> None:
         """The README's recipe."""

@@ -1,7 +1,7 @@
 """Break each rule of vmshim.py, one at a time, and see the suite fail each time.
 
 `python3 .ci/mutate.py` takes about an hour; `--only REGEX` tries some. A rule that can be
-broken unnoticed is printed as SURVIVED, and the exit status is 1.
+broken unnoticed is printed as SURVIVED, and the exit status is 1. It needs procps' pkill.
 
 mutations.txt holds the rules:
 

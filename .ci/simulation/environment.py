@@ -129,9 +129,9 @@ class Slot:
         )
         time.__dict__.update(sleep=self._sleep)
         system = _System("sys")
+        system.__dict__.update(platform="win32", modules={})
         operating_system = types.ModuleType("os")
         operating_system.__dict__.update(os.__dict__, urandom=self._urandom)
-        system.__dict__.update(platform="win32", modules={})
         logging = types.ModuleType("logging")
         logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
         return {
