@@ -1580,7 +1580,7 @@ def dial_pipe(
             offered = _wait_for_instance(path, seconds)
         else:
             # A new instance wakes all who wait, and another client took it. Stand back for a random
-            # while: where all of them rush at each instance, 16 get a third as much done.
+            # while, 32 ms at most: where all rush at each instance, 16 get a third as much done.
             time.sleep(min(os.urandom(1)[0] / 8000, seconds))
             offered = False
 
