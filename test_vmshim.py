@@ -42,6 +42,7 @@ import tracemalloc
 import types
 import unittest
 import uuid
+import weakref
 from datetime import datetime, timedelta, timezone
 from queue import SimpleQueue
 from typing import Any, Callable, ContextManager, Iterator, NamedTuple, TypeVar
@@ -1611,6 +1612,16 @@ class PipeTest(PipeCase):
         with mock.patch.object(vmshim, "_last_error", lambda: 0):
             self.caught(OutcomeUnknownError, client.write, b"x")
             self.caught(OutcomeUnknownError, client.read, 10)
+
+    def test_close_gives_back_the_event_of_an_operation_whose_end_ctrl_c_cut_short(self) -> None:
+        client, _ = self.pair()
+        self.while_another_thread("ReadFile", lambda: client.read(10), ValueError)
+        with mock.patch.object(vmshim._Operation, "end", mock.Mock(side_effect=KeyboardInterrupt)):
+            self.caught(KeyboardInterrupt, client.write, b"x")
+        event = weakref.ref(getattr(client._operations[-1], "event"))
+        self.assertIsNotNone(event())
+        client.close()
+        self.assertIsNone(event())
 
     def test_pipe_is_neither_copied_nor_pickled(self) -> None:
         client, server = self.pair()

@@ -1303,8 +1303,8 @@ class _Operation:
         _under_way.pop(self.address, None)
 
     def release(self) -> None:
-        """Give the handle back, which tracebacks would keep open otherwise."""
-        self.handle = None
+        """Give its handles back, which tracebacks would keep open otherwise."""
+        self.handle = self.event = None
 
 
 def _forget_ended() -> None:
