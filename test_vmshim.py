@@ -1706,6 +1706,17 @@ class DialTest(PipeCase):
         with failing("CreateFileW", 1450):
             self.dial_in_vain(PipeOpenError, 1450, re.escape(windows.FormatError(1450).strip()))
 
+    def test_traceback_of_ctrl_c_keeps_no_connection_open(self) -> None:
+        server = self.listen()
+        deadlines = mock.Mock(side_effect=[math.inf, KeyboardInterrupt])
+        with mock.patch.object(vmshim, "_deadline", deadlines):
+            try:
+                dial_pipe(self.path)
+            except KeyboardInterrupt as error:
+                interrupt = error
+        self.assertEqual(server.read(), b"")
+        self.assertIsNotNone(interrupt.__traceback__)
+
 
 class ExchangeTest(PipeCase):
     def test_request_is_one_write_of_the_bytes_that_the_reference_writes(self) -> None:
@@ -2712,6 +2723,47 @@ class ManyClientsTest(ServerCase):
             self.assertEqual(client.read_all(), SHIM_SUCCESS)
         self.assertEqual(order, ["first", "second"])
 
+    def test_request_whose_client_has_gone_before_its_handler_begins_is_not_carried_out(
+        self,
+    ) -> None:
+        handler = HeldHandler()
+        requests: list[VMRequest] = []
+
+        def handle(request: VMRequest) -> None:
+            requests.append(request)
+            if request.id == "held":
+                handler(request)
+
+        self.start_server(handle)
+        self.enter(mock.patch.object(vmshim, "_COURTESY", LONG))
+        held, gone = self.dial(), self.dial()
+        first = self.dial(wire("first"))
+        wait_until(lambda: requests)  # while the response is unread, others are read
+        held.write(wire("held"))
+        gone.write(wire("gone"))
+        self.assertEqual(first.read_all(), SHIM_SUCCESS)
+        self.assertTrue(handler.entered.wait(LONG))
+        gone.close()
+        # Another waits in line, unread.
+        error = self.caught(ShimBusyError, self.issue, "in line", timeout=0.2)
+        self.assertRegex(str(error), "busy with another request")
+        handler.go_on.set()
+        self.assertEqual(held.read_all(), SHIM_SUCCESS)
+        self.issue("last")
+        self.assertEqual([request.id for request in requests], ["first", "held", "last"])
+
+    def test_request_is_complete_only_when_the_write_of_it_has_ended(self) -> None:
+        # The server reads 4096 bytes at a time: the newline of this request comes in another piece.
+        handler = HeldHandler()
+        self.start_server(handler)
+        id = "x" * (4096 + len(b"\n") - len(wire("")))
+        waiting = self.run_aside(
+            lambda: self.caught(ResponseTimeoutError, self.issue, id, timeout=0.2)
+        )
+        self.assertTrue(handler.entered.wait(LONG))
+        self.assert_ends(waiting)
+        handler.go_on.set()
+
     def test_client_that_reads_no_response_delays_the_next_handler_by_little(self) -> None:
         self.start_server(request_timeout=None)
         for _ in range(3):
@@ -2859,6 +2911,19 @@ class ManyClientsTest(ServerCase):
                         self.assert_ends(thread)
                 self.assertIn("no client can be let in", "\n".join(logs.output))
 
+    def test_failure_that_stays_neither_makes_the_server_spin_nor_holds_a_shutdown_up(self) -> None:
+        for function in "CreateNamedPipeW", "ConnectNamedPipe":
+            server = self.make_server()
+            with self.assertLogs("vmshim", logging.ERROR) as logs:
+                with failing(function, *[1450] * 1000), spying(function) as calls:
+                    thread = self.serve_in_thread(server)
+                    began = time.monotonic()
+                    wait_until(lambda: len(calls) > 3)
+                    self.assertGreater(time.monotonic() - began, 0.2)
+                    server.close()
+                    self.assert_ends(thread)
+            self.assertEqual(len(logs.output), 1)
+
     def test_server_needs_one_thread_whatever_the_number_of_clients(self) -> None:
         threads = _thread._count()
         self.start_server(request_timeout=None)
@@ -2886,6 +2951,15 @@ class LifeCycleTest(ServerCase):
             take_first_step(server)
             for call in [server.shutdown] * 2 + [server.close] * 2 + [server.shutdown]:
                 call()
+
+    def test_shutdown_wakes_an_idle_server(self) -> None:
+        self.enter(mock.patch.object(vmshim, "_LONGEST_WAIT", LONG))
+        server = self.start_server()
+        self.issue()
+        time.sleep(0.05)  # it begins to wait
+        began = time.monotonic()
+        server.shutdown()
+        self.assertLess(time.monotonic() - began, LONG / 2)
 
     def test_shutdown_and_close_from_two_threads_at_once_return(self) -> None:
         for names in ("shutdown", "shutdown"), ("close", "close"), ("close", "shutdown"):

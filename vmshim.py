@@ -335,6 +335,15 @@ def _log_line(text: str) -> str:
     return _printable(text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}")
 
 
+def _traceback_of(error: BaseException) -> str:
+    try:
+        import traceback
+
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception as failure:  # of a module that loads sources, for example
+        return f"{type(error).__name__} (and its traceback failed: {type(failure).__name__})"
+
+
 def _printable(text: str) -> str:
     """Escape control characters: nobody else's text may drive a terminal, or forge a line."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -537,15 +546,12 @@ def check_shim_response(
     """
     try:
         response = _read_response(pipe, max_response)
-        if response == SHIM_SUCCESS:
-            return
-        exit_code = _kill(process) if process is not None else None
-        raise _refusal(response, max_response, exit_code)
+        exit_code = _kill(process) if response != SHIM_SUCCESS else None
     except BaseException:
-        # Ctrl-C may have come while the process was being killed.
-        if process is not None:
-            _kill(process)
+        _kill(process)  # again, for Ctrl-C may have come in the middle of that
         raise
+    if response != SHIM_SUCCESS:
+        raise _refusal(response, max_response, exit_code)
 
 
 def _read_response(pipe: SupportsRead[bytes | None], limit: int) -> bytes:
@@ -581,8 +587,10 @@ def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimE
     return ShimError(message, response, exit_code)
 
 
-def _kill(process: subprocess.Popen[Any]) -> int | None:
-    """Kill a process; return its exit code, or None if it hasn't ended in 10 seconds."""
+def _kill(process: subprocess.Popen[Any] | None) -> int | None:
+    """Kill a process, if there is one; return its exit code, or None if it takes too long to end."""
+    if process is None:
+        return None
     try:
         process.kill()
     except OSError:
@@ -733,13 +741,13 @@ class _Operation:
 
         Ctrl-C may interrupt this; then it can be called again.
         """
-        if self.is_pending() and not _kernel32.CancelIoEx(self._handle, self.overlapped):
-            # It is ending, and has ended within this time; or it failed at once, and Ctrl-C has
-            # hidden that from start(): then it stays at STATUS_PENDING for ever.
-            time.sleep(_LONGEST_WAIT)
-        else:
-            while self.is_pending():
-                time.sleep(0.001)
+        is_known = self.is_pending() and _kernel32.CancelIoEx(self._handle, self.overlapped)
+        # If Windows doesn't know it, it is ending, and has ended within 100 of these. Or it failed
+        # at once, which Ctrl-C has hidden from start(): then it stays at STATUS_PENDING for ever.
+        waits = math.inf if is_known else 100
+        while self.is_pending() and waits > 0:
+            time.sleep(0.001)
+            waits -= 1
         _under_way.pop(ctypes.addressof(self.overlapped), None)
         self._handle = None
 
@@ -799,9 +807,7 @@ class Pipe(io.RawIOBase):
         """Return True."""
         return True
 
-    def writable(self) -> bool:
-        """Return True."""
-        return True
+    writable = readable
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return what there is, at most `size` bytes, or wait for the first of it.
@@ -928,10 +934,10 @@ def dial_pipe(
                 time.sleep(min(os.urandom(1)[0] / 8000, seconds))
             was_offered = not was_offered and _wait_for_instance(path, seconds)
         pipe.deadline = _deadline(timeout)
+        return pipe
     except BaseException:
         pipe.close()  # the traceback would keep it open
         raise
-    return pipe
 
 
 def _wait_for_instance(path: str, seconds: float) -> bool:
@@ -977,7 +983,7 @@ def issue_vm_request(
         with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:
             _exchange(pipe, request.to_json(), max_response)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}"
+        outcome = f"{type(error).__name__}: {str(error)[:1000]}"
         raise
     finally:
         milliseconds = (time.monotonic() - began) * 1000
@@ -1228,7 +1234,7 @@ def read_container(container_id: str, *, root: str = "default") -> Container:
     state is broken, RegistryError if the registry can't be read, NeedsWindowsError, and ValueError
     if the ID or the root is empty or has a lone surrogate.
     """
-    if container_id == "":
+    if not container_id:
         raise ValueError("the container ID is empty")
     key_name = _path_escape("container ID", container_id)
     values = _read_key(root, key_name, _stored_values)
@@ -1299,7 +1305,7 @@ def _issue_to_vm(container: Container, op: str, **limits: Any) -> None:
 
 
 def _registry_path(root: str, name: str) -> str:
-    if root == "":
+    if not root:
         raise ValueError("the root is empty")
     return f"SOFTWARE\\Microsoft\\runhcs\\{_path_escape('root', root)}\\{name}".rstrip("\\")
 
@@ -1655,10 +1661,8 @@ class VMShimServer:
             _log("INFO", "%s: %s %r refused: %s", self.pipe_path, request.op, request.id, error)
             return _refusal_bytes(error)
         except Exception as error:
-            import traceback
-
             text = "%s: the handler failed at %s %r: %s"
-            _log("ERROR", text, self.pipe_path, request.op, request.id, traceback.format_exc())
+            _log("ERROR", text, self.pipe_path, request.op, request.id, _traceback_of(error))
             return _refusal_bytes(error)
         return SHIM_SUCCESS
 
@@ -1962,7 +1966,7 @@ def _print(text: str, name: str = "stdout", *, is_for_terminal: bool = False) ->
     """
     stream = getattr(sys, name)
     try:
-        if is_for_terminal and not stream.isatty():
+        if is_for_terminal and not getattr(stream, "isatty", bool)():
             return
         # A console or a file may not know every character. A second time would make utf-8-sig
         # write its mark again.
@@ -1979,10 +1983,7 @@ def _print_failure(failure: BaseException) -> None:
     """Say on stderr why a command failed; Ctrl-C needs no words."""
     status, _ = _outcome_of(failure)
     if status == 70:
-        import traceback
-
-        lines = traceback.format_exception(type(failure), failure, failure.__traceback__)
-        _print("".join(lines).rstrip("\n"), "stderr")
+        _print(_traceback_of(failure).rstrip("\n"), "stderr")
     elif status != 130:
         prefix = "vmshim.py: error: " if status == 2 else ""
         _print(_printable(f"{prefix}{_describe(failure)}"), "stderr")
@@ -1999,17 +2000,10 @@ def _print_json(failure: BaseException | None, seconds: float, **sent: str | Non
     import json
 
     status, outcome = _outcome_of(failure)
-    row = {
-        "host": os.environ.get("COMPUTERNAME"),
-        **sent,
-        "ok": failure is None,
-        "status": status,
-        "error": None if failure is None else _describe(failure),
-        "outcome": outcome,
-        "retry": isinstance(failure, NotSentError),
-        "elapsed_ms": round(seconds * 1000, 1),
-        "version": __version__,
-    }
+    error = None if failure is None else _describe(failure)
+    row: dict[str, Any] = {"host": os.environ.get("COMPUTERNAME"), **sent, "ok": failure is None}
+    row.update(status=status, error=error, outcome=outcome, retry=isinstance(failure, NotSentError))
+    row.update(elapsed_ms=round(seconds * 1000, 1), version=__version__)
     _print(json.dumps(row))
 
 
@@ -2163,26 +2157,28 @@ def _parse(words: list[str]) -> argparse.Namespace:
     style["formatter_class"] = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=78)
     if sys.version_info >= (3, 14):
         style["color"] = False  # its escape sequences would be escaped
-    parser = Parser("vmshim.py", description="Talk to a runhcs VM shim.", epilog=_EPILOG, **style)
+    if words[:1] and words[0] in _COMMANDS:
+        _, arguments, text = _COMMANDS[words[0]]
+        parser = Parser(f"vmshim.py {words[0]}", description=text, **style)
+        for argument in arguments.split():
+            if argument == "--vm":
+                group = parser.add_mutually_exclusive_group(required=words[0] == "serve")
+            owner = group if argument in ("--vm", "--pipe") else parser
+            owner.add_argument(argument, **_ARGUMENTS[argument])
+        options = parser.parse_args(words[1:], argparse.Namespace(command=words[0]))
+        try:
+            _check_options(options)
+        except (ValueError, TypeError) as error:
+            parser.error(str(error))
+        return options
+    commands = "".join(f"  {name:<14}{text}\n" for name, (_, _, text) in _COMMANDS.items())
+    epilog = f"commands:\n{commands}\n{_EPILOG}"
+    parser = Parser("vmshim.py", description="Talk to a runhcs VM shim.", epilog=epilog, **style)
     # What a report of a bug needs.
     python = f"Python {sys.version.split()[0]}, {sys.platform}, {8 * ctypes.sizeof(HANDLE)} bit"
     parser.add_argument("--version", action="version", version=f"vmshim {__version__}, {python}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    # Where the command is known, only its own parser is made: each takes a millisecond.
-    for name in words[:1] if words[:1] and words[0] in _COMMANDS else _COMMANDS:
-        _, arguments, text = _COMMANDS[name]
-        command = commands.add_parser(name, help=text, description=text, **style)
-        for argument in arguments.split():
-            if argument == "--vm":
-                group = command.add_mutually_exclusive_group(required=name == "serve")
-            owner = group if argument in ("--vm", "--pipe") else command
-            owner.add_argument(argument, **_ARGUMENTS[argument])
-    options = parser.parse_args(words)
-    try:
-        _check_options(options)
-    except (ValueError, TypeError) as error:
-        command.error(str(error))
-    return options
+    parser.add_argument("command", metavar="COMMAND", choices=_COMMANDS)
+    return parser.parse_args(words[:1])
 
 
 def _check_options(options: argparse.Namespace) -> None:
