@@ -588,7 +588,7 @@ def _refusal(response: bytes, limit: int, exit_code: int | None = None) -> ShimE
 
 
 def _kill(process: subprocess.Popen[Any] | None) -> int | None:
-    """Kill a process, if there is one; return its exit code, or None if it takes too long to end."""
+    """Kill a process, if there is one; return its exit code, or None if it does not end."""
     if process is None:
         return None
     try:
