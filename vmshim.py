@@ -888,8 +888,9 @@ class Pipe(io.RawIOBase):
         finally:
             try:
                 operation.end()
-            finally:
-                operation._handle = None  # the traceback of a second Ctrl-C would keep it open
+            except BaseException:
+                operation.end()  # a second Ctrl-C has cut that short
+                raise
         error = operation.error()
         if is_late and error == ERROR_OPERATION_ABORTED:
             raise ResponseTimeoutError(*ResponseTimeoutError._means, self.name, WAIT_TIMEOUT)

@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--shrink", action="store_true", help="find a smaller run that fails")
     parser.add_argument("--histories", action="store_true", help="check the model")
     parser.add_argument("--mistakes", metavar="REGEX", nargs="?", const="", help="plant mistakes")
+    parser.add_argument("--processes", type=int, default=1, help="of --mistakes, at a time")
     parser.add_argument("--suite", action="store_true", help="run test_vmshim.py's pipe tests")
     parser.add_argument("--file", default=os.path.join(ROOT, "vmshim.py"), help="another vmshim.py")
     parser.add_argument("--quiet", action="store_true", help="no histories of runs that fail")
@@ -104,7 +105,7 @@ def main() -> int:
     if options.mistakes is not None:
         from simulation.planted import plant_all
 
-        return int(plant_all(options.file, options.mistakes))
+        return int(plant_all(options.file, options.mistakes, options.processes))
     if options.suite:
         from simulation.suite import run_suite
 

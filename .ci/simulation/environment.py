@@ -1,4 +1,4 @@
-"""What vmshim.py sees of the world, simulated: ctypes, time, _thread, queue, sys, os.urandom().
+"""What vmshim.py sees of the world, simulated: ctypes, time, _thread, sys, os.urandom().
 
 A `Slot` is one copy of the unchanged vmshim.py in a namespace of its own, as one process has it.
 Loading it takes some milliseconds, so the slots are kept and get a new process for each run. Its
@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import builtins
 import ctypes
-import math
 import os
 import sys
 import types
-from collections import deque
-from queue import Empty
-from typing import Any, Callable, Dict, Iterable
+from typing import Any, Callable
 
 from simulation.fibers import GreenletExit
 from simulation.kernel import INVALID_HANDLE_VALUE, Kernel, Process
@@ -34,12 +31,10 @@ DOCUMENTED_ERRORS: dict[str, tuple[int, ...]] = {
     "CreateFileW": (8, 1450, 5),
     "CreateNamedPipeW": (8, 1450, 231),
     "CreateEventW": (8, 1450),
-    "CreateIoCompletionPort": (8, 1450),
     "WaitNamedPipeW": (2, 8, 121),
     "ReadFile": (8, 1450, 1453),
     "WriteFile": (8, 1450, 1453),
     "ConnectNamedPipe": (8, 1450),
-    "FlushFileBuffers": (8, 109),
 }
 
 
@@ -58,14 +53,16 @@ class Slot:
         self.module = types.ModuleType("vmshim")
         self.modules = self._modules()
         namespace = self.module.__dict__
-        namespace["__builtins__"] = {**self.builtins(), "set": OrderedSet}
+        namespace["__builtins__"] = self.builtins()
         # dataclasses, enum and NamedTuple look their module up by its name.
         sys.modules["vmshim"] = self.module
         exec(code, namespace)
+        self.max_request = namespace["MAX_REQUEST"]
 
     def begin(self, scheduler: Scheduler, kernel: Kernel, process: Process) -> None:
         """Start as a new process."""
         self.process = process
+        self.process.under_way = self.module.__dict__["_under_way"]
         self.scheduler = scheduler
         self.kernel = kernel
         self.faulty = ()
@@ -85,6 +82,7 @@ class Slot:
         """Forget the process."""
         self.process.dead = True
         self.module.__dict__["_under_way"].clear()
+        self.module.__dict__["MAX_REQUEST"] = self.max_request
 
     # Each call into the simulated world begins with enter() and ends with leave().
 
@@ -114,8 +112,6 @@ class Slot:
             raise KeyboardInterrupt
 
     def _modules(self) -> dict[str, Any]:
-        queue = types.ModuleType("queue")
-        queue.__dict__.update(Empty=Empty, SimpleQueue=self._simple_queue())
         thread = types.ModuleType("_thread")
         thread.__dict__.update(
             start_new_thread=self._start_new_thread,
@@ -128,17 +124,17 @@ class Slot:
             monotonic=self._monotonic, perf_counter=self._monotonic, time=self._monotonic
         )
         time.__dict__.update(sleep=self._sleep)
+        logging = types.ModuleType("logging")
+        logging.__dict__.update(DEBUG=10, INFO=20, WARNING=30, ERROR=40)
+        logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
         system = _System("sys")
-        system.__dict__.update(platform="win32", modules={})
+        system.__dict__.update(platform="win32", modules={"logging": logging})
         operating_system = types.ModuleType("os")
         operating_system.__dict__.update(os.__dict__, urandom=self._urandom)
-        logging = types.ModuleType("logging")
-        logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
         return {
             "ctypes": self._ctypes(),
             "logging": logging,
             "os": operating_system,
-            "queue": queue,
             "_thread": thread,
             "time": time,
             "sys": system,
@@ -147,6 +143,7 @@ class Slot:
     # time
 
     def _monotonic(self) -> float:
+        self.scheduler.look_at_clock()
         now: float = self.scheduler.now
         step = self.clock_step
         return now - now % step if step else now
@@ -180,66 +177,6 @@ class Slot:
         main = self.scheduler.tasks[0]
         main.interrupts = [main.points + 1]
 
-    # queue
-
-    def _simple_queue(self) -> type:
-        slot = self
-
-        class SimpleQueue:
-            """queue.SimpleQueue: C code, so each call is one step to a signal.
-
-            Until CPython 3.12 it has a lock, which put() releases and get() takes. If a get() has
-            taken it, and the queue is empty because another was faster or nobody had put anything,
-            it waits for ever if its time is over by then. Here it always is.
-            """
-
-            def __init__(self) -> None:
-                self._items: deque[Any] = deque()
-                self._waiters: list[Any] = []
-                self._is_locked = False
-
-            def put(self, item: Any) -> None:
-                task = slot.enter("put")
-                if slot.scheduler.keep_history:
-                    slot.scheduler.note("put")
-                self._items.append(item)
-                self._is_locked = False
-                for waiter in self._waiters:
-                    slot.scheduler.wake(waiter)
-                slot.leave(task, "put")
-
-            def get(self, block: bool = True, timeout: float | None = None) -> Any:
-                task = slot.enter("get")
-                scheduler = slot.scheduler
-                deadline = math.inf if timeout is None else scheduler.now + timeout
-                while not self._items and block and scheduler.now < deadline:
-                    if not self._is_locked:
-                        self._is_locked = True
-                        deadline = math.inf
-                    self._waiters.append(task)
-                    scheduler.block(deadline)
-                    self._waiters.remove(task)
-                if not self._items:
-                    self._is_locked = True
-                    slot.leave(task, "get")
-                    raise Empty
-                item = self._items.popleft()
-                if scheduler.keep_history:
-                    scheduler.note("get")
-                slot.leave(task, "get")
-                return item
-
-            def get_nowait(self) -> Any:
-                return self.get(False)
-
-            def empty(self) -> bool:
-                return not self._items
-
-            def qsize(self) -> int:
-                return len(self._items)
-
-        return SimpleQueue
-
     # ctypes
 
     def _ctypes(self) -> types.ModuleType:
@@ -257,22 +194,6 @@ class Slot:
     def _get_last_error(self) -> int:
         error: int = self.scheduler.current.last_error
         return error
-
-
-class OrderedSet(Dict[Any, None]):
-    """A set in the order of insertion: the order of the built-in one changes from run to run."""
-
-    def __init__(self, items: Iterable[Any] = ()) -> None:
-        super().__init__((item, None) for item in items)
-
-    def add(self, item: Any) -> None:
-        self[item] = None
-
-    def discard(self, item: Any) -> None:
-        self.pop(item, None)
-
-    def remove(self, item: Any) -> None:
-        del self[item]
 
 
 class Library:
@@ -304,6 +225,14 @@ class Function:
         self.implementation = getattr(Kernel, name)
 
     def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self._call(arguments)
+        except KeyboardInterrupt as error:
+            # A traceback keeps the variables of its frames. A call into C has none.
+            arguments = ()
+            raise error.with_traceback(None) from None
+
+    def _call(self, arguments: tuple[Any, ...]) -> Any:
         slot = self.slot
         task = slot.enter(self.name)
         scheduler = slot.scheduler
@@ -311,6 +240,8 @@ class Function:
         if self.name in slot.faulty:
             size = scheduler.fault(self.name)
         if size:
+            if self.name in ("CreateNamedPipeW", "ConnectNamedPipe"):
+                slot.process.refused_at = scheduler.now
             task.last_error = self.errors[int(size * len(self.errors))]
             result = INVALID_HANDLE_VALUE if self.makes_handle else 0
         else:
@@ -365,14 +296,12 @@ class _Logger:
     def __init__(self, lines: list[str]) -> None:
         self._lines = lines
 
-    def __getattr__(self, level: str) -> Callable[..., None]:
-        def log(message: str, *arguments: object, exc_info: Any = None) -> None:
-            text = message % arguments
-            if exc_info:
-                text += f" ({sys.exc_info()[1]!r})"
-            self._lines.append(f"{level}: {text}")
+    def isEnabledFor(self, level: int) -> bool:
+        return level >= 30
 
-        return log
+    def log(self, level: int, message: str, *arguments: object) -> None:
+        name = "error" if level >= 40 else "warning"
+        self._lines.append(f"{name}: {message % arguments}")
 
 
 def start_thread(

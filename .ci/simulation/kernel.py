@@ -1,66 +1,61 @@
-"""A strict model of what vmshim asks of Windows: named pipes, overlapped I/O, completion ports.
+"""A strict model of what vmshim asks of Windows: named pipes, overlapped I/O, events.
 
 The functions have Win32's names, argument orders and errors, and take the ctypes objects that the
 real ones take. What they model is documented by Microsoft under
 
 - https://learn.microsoft.com/windows/win32/ipc/named-pipes (life of an instance, modes, names),
 - https://learn.microsoft.com/windows/win32/sync/synchronization-and-overlapped-input-and-output,
-- https://learn.microsoft.com/windows/win32/fileio/i-o-completion-ports,
 - https://learn.microsoft.com/windows/win32/ipc/named-pipe-security-and-access-rights,
 
 and, where that is silent, pinned by the conformance tests of Wine (which also run on Windows) or
 read off ReactOS's npfs driver. histories.py holds each such fact as a history that can be run.
 
-The model is stricter than a kernel: it calls `World.broken` as soon as the caller does what would
-corrupt memory or hang: memory that is freed or used twice while an operation is pending, a handle
-that is used after it is closed, a wait for something that isn't pending. How it knows that memory
-is freed: it holds weak references to the OVERLAPPED and to a ctypes buffer, with a callback; bytes
-can't be referred to weakly, so it holds them and counts the other references at the end.
+The model is stricter than a kernel: it calls Scheduler.broken() as soon as the caller does what
+would corrupt memory or hang: memory that is freed or used twice while an operation is pending, a
+handle that is used after it is closed, a wait for something that isn't pending. How it knows that
+memory is freed: it holds weak references to the OVERLAPPED and to a ctypes buffer, with a callback;
+bytes can't be referred to weakly, so it holds them and counts the other references at the end.
+
+What nobody knows about Windows is done either way, as the seed decides (Scheduler.chance).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import re
 import sys
 import weakref
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Iterator, Protocol
+from typing import Any, Callable, Iterable
+
+from simulation.histories import SecurityAttributes
 
 # ---- What Windows calls things ------------------------------------------------------------------
 
 # https://learn.microsoft.com/openspecs/windows_protocols/ms-erref/ (NTSTATUS values)
-SUCCESS = 0
-PENDING = 0x103
-BUFFER_OVERFLOW = 0x80000005
-INVALID_HANDLE = 0xC0000008
-ILLEGAL_FUNCTION = 0xC00000AF
-PIPE_DISCONNECTED = 0xC00000B0
-PIPE_CLOSING = 0xC00000B1
-PIPE_CONNECTED = 0xC00000B2
-PIPE_LISTENING = 0xC00000B3
-INVALID_PIPE_STATE = 0xC00000AD
-CANCELLED = 0xC0000120
-PIPE_BROKEN = 0xC000014B
-ACCESS_DENIED = 0xC0000022
+ERRORS: dict[int, int] = {}  # the Win32 error for each
 
-ERRORS = {
-    SUCCESS: 0,
-    PENDING: 997,
-    BUFFER_OVERFLOW: 234,
-    INVALID_HANDLE: 6,
-    ILLEGAL_FUNCTION: 1,
-    PIPE_DISCONNECTED: 233,
-    PIPE_CLOSING: 232,
-    PIPE_CONNECTED: 535,
-    PIPE_LISTENING: 536,
-    INVALID_PIPE_STATE: 230,
-    CANCELLED: 995,
-    PIPE_BROKEN: 109,
-    ACCESS_DENIED: 5,
-}
+
+def _status(status: int, error: int) -> int:
+    ERRORS[status] = error
+    return status
+
+
+SUCCESS = _status(0, 0)
+PENDING = _status(0x103, 997)
+BUFFER_OVERFLOW = _status(0x80000005, 234)
+ILLEGAL_FUNCTION = _status(0xC00000AF, 1)
+PIPE_DISCONNECTED = _status(0xC00000B0, 233)
+PIPE_CLOSING = _status(0xC00000B1, 232)
+PIPE_CONNECTED = _status(0xC00000B2, 535)
+PIPE_LISTENING = _status(0xC00000B3, 536)
+CANCELLED = _status(0xC0000120, 995)
+PIPE_BROKEN = _status(0xC000014B, 109)
+ACCESS_DENIED = _status(0xC0000022, 5)
 WARNINGS = (SUCCESS, BUFFER_OVERFLOW)  # what completes an operation at once
 
 ERROR_FILE_NOT_FOUND = 2
@@ -72,8 +67,6 @@ ERROR_SEM_TIMEOUT = 121
 ERROR_INVALID_NAME = 123
 ERROR_PIPE_BUSY = 231
 ERROR_MR_MID_NOT_FOUND = 317
-ERROR_ABANDONED_WAIT_0 = 735
-ERROR_IO_INCOMPLETE = 996
 ERROR_IO_PENDING = 997
 ERROR_NOT_FOUND = 1168
 ERROR_UNKNOWN_REVISION = 1305
@@ -81,18 +74,24 @@ ERROR_INVALID_ACL = 1336
 WAIT_TIMEOUT = 258
 WAIT_FAILED = 0xFFFFFFFF
 INFINITE = 0xFFFFFFFF
+LONGEST_WAIT = 100  # milliseconds: a wait inside Windows ignores Ctrl-C
+RETRY_TIME = 0.15  # seconds in which a server tries again to make an instance
 INVALID_HANDLE_VALUE: int = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
-GENERIC_READ = 0x80000000
-GENERIC_WRITE = 0x40000000
-GENERIC_ALL = 0x10000000
 FILE_READ_DATA = 1
 FILE_WRITE_DATA = 2
 FILE_CREATE_PIPE_INSTANCE = 4
-READ_RIGHTS = FILE_READ_DATA
-WRITE_RIGHTS = FILE_WRITE_DATA | FILE_CREATE_PIPE_INSTANCE
-ALL_RIGHTS = READ_RIGHTS | WRITE_RIGHTS
-OPEN_EXISTING = 3
+FILE_GENERIC_READ = 0x120089
+FILE_GENERIC_WRITE = 0x120116  # with FILE_CREATE_PIPE_INSTANCE
+FILE_GENERIC_EXECUTE = 0x1200A0
+FILE_ALL_ACCESS = 0x1F01FF
+ALWAYS_WANTED = 0x100080  # SYNCHRONIZE and FILE_READ_ATTRIBUTES: CreateFileW adds them
+GENERIC_RIGHTS = {
+    0x80000000: FILE_GENERIC_READ,
+    0x40000000: FILE_GENERIC_WRITE,
+    0x20000000: FILE_GENERIC_EXECUTE,
+    0x10000000: FILE_ALL_ACCESS,
+}
 FILE_FLAG_OVERLAPPED = 0x40000000
 FILE_FLAG_FIRST_PIPE_INSTANCE = 0x00080000
 PIPE_ACCESS_INBOUND = 1
@@ -105,52 +104,29 @@ PIPE_UNLIMITED_INSTANCES = 255
 LISTENING, CONNECTED, CLOSING, DISCONNECTED = "listening", "connected", "closing", "disconnected"
 
 
-class Task(Protocol):
-    """One thread of a simulated process, as far as the kernel knows it."""
-
-    last_error: int
-
-
-class World(Protocol):
-    """Who decides what happens next, and when: the scheduler."""
-
-    now: float
-    current: Any
-
-    def block(self, deadline: float) -> bool:
-        """Put the current thread to sleep; return whether it was woken before the deadline."""
-
-    def wake(self, task: Any) -> None:
-        """Make a sleeping thread able to go on."""
-
-    def later(self, seconds: float, action: Callable[[], None]) -> None:
-        """Have something happen after some virtual time."""
-
-    def delay(self, what: str) -> float:
-        """Tell how late the kernel does something this time, in seconds; mostly 0."""
-
-    def chance(self, probability: float) -> bool:
-        """Toss a coin."""
-
-    def broken(self, rule: str, text: str) -> None:
-        """Take note that a rule is broken; the run ends soon."""
-
-    def note(self, text: str) -> None:
-        """Add a line to the history."""
+# Which trustees of a DACL stand for whom. "Everyone" (WD) doesn't include anonymous users.
+ACCOUNTS = {
+    "administrator": frozenset(("WD", "AU", "BU", "BA")),
+    "system": frozenset(("WD", "AU", "BA", "SY")),
+    "user": frozenset(("WD", "AU", "BU")),
+    "anonymous": frozenset(("AN",)),
+}
 
 
 class Process:
     """A simulated process: its handles, who runs it, and whether it lives."""
 
-    def __init__(self, name: str, *, elevated: bool = True, first_handle: int = 4) -> None:
+    def __init__(self, name: str, *, account: str = "administrator", first_handle: int = 4) -> None:
         self.name = name
-        self.elevated = elevated
+        self.account = account
         self.dead = False
         self.handles: dict[int, Waitable] = {}
         self.first_handle = first_handle
         self.next_value = first_handle
         self.operations: list[Operation] = []
         self.descriptors: dict[int, Any] = {}  # what LocalFree has to free
+        self.refused_at = -math.inf  # when Windows last refused it an instance of a pipe
+        self.under_way: Any = ()  # the addresses of what it takes to be under way
 
 
 # ---- Objects that a handle can stand for --------------------------------------------------------
@@ -164,6 +140,8 @@ class Waitable:
         self.manual_reset = True
         self.references = 0
         self.waiters: list[Any] = []
+        self.signaled_for: set[Any] = set()  # whose operations have ended since the last reset
+        self.missed_by: set[Any] = set()  # whose signal the start of another operation took away
 
 
 class Event(Waitable):
@@ -173,56 +151,33 @@ class Event(Waitable):
         super().__init__(signaled)
         self.manual_reset = manual_reset
         self.users = 0  # operations under way that will set it
+        self.ended: list[Operation] = []  # those that have set it, as long as they have memory
 
 
-class Packet:
-    """What a completion port hands out."""
-
-    def __init__(self, status: int, count: int, key: int, address: int) -> None:
-        self.status = status
-        self.count = count
-        self.key = key
-        self.address = address
-        self.memory: Any = None  # a weak reference to the OVERLAPPED, which must live until then
-
-
-class Port(Waitable):
-    """What CreateIoCompletionPort makes."""
-
-    def __init__(self) -> None:
-        super().__init__(False)
-        self.packets: deque[Packet] = deque()
-        self.closed = False
-
-
+@dataclass(eq=False)
 class Message:
     """What is left of one write in a queue, and how much of it the quota covers."""
 
-    __slots__ = ("covered", "data", "offset", "operation", "serial")
-
-    def __init__(self, data: bytes, offset: int, serial: int, operation: Operation | None) -> None:
-        self.data = data
-        self.offset = offset
-        self.covered = 0
-        self.serial = serial
-        self.operation = operation
+    data: bytes
+    offset: int
+    serial: int
+    operation: Operation | None
+    covered: int = 0
 
     @property
     def rest(self) -> int:
         return len(self.data) - self.offset
 
 
+@dataclass(eq=False)
 class Queue:
     """One direction of an instance: unread messages, or else reads that wait for some."""
 
-    __slots__ = ("flushes", "messages", "next_serial", "quota", "reads")
-
-    def __init__(self, quota: int) -> None:
-        self.quota = quota
-        self.messages: deque[Message] = deque()
-        self.reads: deque[Operation] = deque()
-        self.flushes: list[Operation] = []
-        self.next_serial = 0
+    quota: int
+    messages: deque[Message] = field(default_factory=deque)
+    reads: deque[Operation] = field(default_factory=deque)
+    flushes: list[Operation] = field(default_factory=list)
+    next_serial: int = 0
 
 
 class File(Waitable):
@@ -239,8 +194,9 @@ class File(Waitable):
         self.overlapped = overlapped
         self.message_reads = message_reads
         self.cut = False  # a client's end after the server's DisconnectNamedPipe
-        self.port: Port | None = None
-        self.key = 0
+        self.told_gone = math.inf  # when it was first told that the other end has closed
+        self.closed_at = math.inf
+        self.last_read = 0.0  # when a read was last told of its end; infinity if it will be soon
         self.operations: list[Operation] = []
         self.incoming = instance.inbound
         self.outgoing = instance.outbound
@@ -259,33 +215,28 @@ class Instance:
         self.server: File | None = None
         self.client: File | None = None
 
-    def ends(self) -> Iterator[File]:
-        if self.server:
-            yield self.server
-        if self.client:
-            yield self.client
 
-
+@dataclass(eq=False)
 class PipeName:
     """A name in the pipes' folder, with what all of its instances share."""
 
-    def __init__(
-        self,
-        path: str,
-        access: int,
-        limit: int,
-        message_type: bool,
-        timeout: float,
-        descriptor: Descriptor,
-    ) -> None:
-        self.path = path
-        self.access = access
-        self.limit = limit
-        self.message_type = message_type
-        self.timeout = timeout
-        self.descriptor = descriptor
-        self.instances: list[Instance] = []
-        self.waiters: list[Any] = []
+    path: str
+    access: int
+    limit: int
+    message_type: bool
+    timeout: float
+    descriptor: Descriptor
+    owner: str  # the account that made the first instance
+    instances: list[Instance] = field(default_factory=list)
+    # Who waits, and whether an instance was offered since.
+    waiters: dict[Any, bool] = field(default_factory=dict)
+
+    def rights(self, process: Process) -> int:
+        """Return what a process may do to the pipe."""
+        trustees = ACCOUNTS[process.account]
+        if process.account == self.owner:
+            trustees |= {"OW"}
+        return self.descriptor.rights(trustees)
 
 
 # ---- Operations ---------------------------------------------------------------------------------
@@ -293,33 +244,6 @@ class PipeName:
 
 class Operation:
     """One call of ReadFile, WriteFile, ConnectNamedPipe or FlushFileBuffers (Windows: an IRP)."""
-
-    __slots__ = (
-        "__weakref__",
-        "address",
-        "buffer",
-        "cancel_requested",
-        "count",
-        "data",
-        "event",
-        "file",
-        "finished",
-        "held",
-        "kind",
-        "message_reads",
-        "packet_wanted",
-        "phase",
-        "process",
-        "queue",
-        "serial",
-        "size",
-        "status",
-        "task",
-        "vain_waits",
-        "waiters",
-        "with_overlapped",
-        "written",
-    )
 
     def __init__(self, kind: str, process: Process, task: Any, file: File, size: int) -> None:
         self.kind = kind
@@ -332,33 +256,28 @@ class Operation:
         self.status = PENDING
         self.count = 0
         self.data = b""
+        self.cancelled = False  # the caller has asked for its end
+        self.ended_at = math.inf
         self.address = 0
         self.with_overlapped: Any = None
         self.buffer: Any = None
         self.held: Any = None
         self.event: Event | None = None
-        self.packet_wanted = True
-        self.cancel_requested = False
         self.queue: Queue | None = None
         self.serial = 0
         self.written = b""
         self.message_reads = file.message_reads
         self.waiters: list[Any] = []
-        self.vain_waits = 0
 
 
 class Descriptor:
-    """A security descriptor's DACL: pairs of a trustee and rights; None grants as by default."""
+    """A security descriptor's DACL: what is allowed or denied to whom."""
 
-    def __init__(self, entries: Any = None) -> None:
+    def __init__(self, entries: Any) -> None:
         self.entries = entries
 
-    def rights(self, process: Process) -> int:
-        """Return what a process may do to the pipe."""
-        trustees = {"WD", "AU", "BU", *(("BA", "OW", "CO") if process.elevated else ())}
-        if self.entries is None:
-            # Administrators and the owner: all; everyone: read.
-            return ALL_RIGHTS if process.elevated else READ_RIGHTS
+    def rights(self, trustees: frozenset[str]) -> int:
+        """Return what somebody may do who is all of these."""
         granted = denied = 0
         for kind, rights, trustee in self.entries:
             if trustee in trustees:
@@ -369,44 +288,50 @@ class Descriptor:
         return granted
 
 
+# Without a descriptor, everyone and anonymous users may read.
+DEFAULT_DESCRIPTOR = Descriptor(
+    [
+        *(("A", FILE_ALL_ACCESS, trustee) for trustee in ("SY", "BA", "OW")),
+        *(("A", FILE_GENERIC_READ, trustee) for trustee in ("WD", "AN")),
+    ]
+)
+
+
 # ---- The kernel ---------------------------------------------------------------------------------
 
+_HARMLESS = ("CancelIoEx", "SetEvent", "read", "write")  # where there is no handle
 _KEYS: dict[str, tuple[str, int]] = {}  # paths that have been looked at
 _PROTECTED = "PROTECTEDPREFIX\\ADMINISTRATORS\\"
 _SDDL = re.compile(r"(?:[OG]:[A-Z0-9-]+)*(?:D:([A-Z]*)((?:\([^()]*\))*))?(?:S:.*)?")
 _ACE = re.compile(r"\(([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*)\)")
 _RIGHTS = {
-    "GA": ALL_RIGHTS,
-    "FA": ALL_RIGHTS,
-    "GR": READ_RIGHTS,
-    "FR": READ_RIGHTS,
-    "GW": WRITE_RIGHTS,
-    "FW": WRITE_RIGHTS,
-    "GX": 0,
-    "FX": 0,
+    "GR": FILE_GENERIC_READ,
+    "GW": FILE_GENERIC_WRITE,
+    "GX": FILE_GENERIC_EXECUTE,
+    "FR": FILE_GENERIC_READ,
+    "FW": FILE_GENERIC_WRITE,
+    "FX": FILE_GENERIC_EXECUTE,
+    "GA": FILE_ALL_ACCESS,
+    "FA": FILE_ALL_ACCESS,
 }
-_TRUSTEES = frozenset(
-    (
-        *("AC", "AN", "AO", "AU", "BA", "BG", "BO", "BU", "CA", "CG", "CO", "DA", "DC", "DD"),
-        *("DG", "DU", "EA", "ED", "ER", "IS", "IU", "LA", "LG", "LS", "LU", "LW", "ME", "MU"),
-        *("NO", "NS", "NU", "OW", "PA", "PO", "PS", "PU", "RC", "RD", "RE", "RU", "SA", "SI"),
-        *("SO", "SU", "SY", "WD", "WR"),
-    )
-)
+_TRUSTEES = frozenset(re.findall("..", "ACANAOAUBABGBOBUCACGCODADCDDDGDUEAEDERISIULALGLSLULWMEMU"))
+_TRUSTEES |= frozenset(re.findall("..", "NONSNUOWPAPOPSPURCRDRERUSASISOSUSYWDWR"))
 
 
 class Kernel:
-    """All that the simulated processes share."""
+    """All that the simulated processes share. Its world is the Scheduler."""
 
-    def __init__(self, world: World, *, strict: bool = True, reuse_handles: bool = False) -> None:
+    def __init__(self, world: Any, *, strict: bool = True, reuse_handles: bool = False) -> None:
         self.world = world
         self.strict = strict
         self.reuse_handles = reuse_handles or not strict
+        self.judges_waits = strict
         self.keys = _KEYS
         self.names: dict[str, PipeName] = {}
         self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
         self.on_open: Callable[[Process, Instance], object] = _ignore
+        self.on_write: Callable[[Operation], object] = _ignore
 
     def _broken(self, rule: str, text: str) -> None:
         if self.strict:
@@ -431,7 +356,7 @@ class Kernel:
         if self.reuse_handles:
             # As Windows and Wine do: the lowest free value. Otherwise none is used twice, so that
             # each use of a closed handle shows.
-            value = next(v for v in range(4, value + 4, 4) if v not in process.handles)
+            value = next(v for v in itertools.count(4, 4) if v not in process.handles)
         process.handles[value] = object_
         object_.references += 1
         return value
@@ -442,8 +367,8 @@ class Kernel:
         found = process.handles.get(value)
         if isinstance(found, kind):
             return found
-        if not value and function in ("CancelIoEx", "PostQueuedCompletionStatus"):
-            return None  # does nothing
+        if value in (0, INVALID_HANDLE_VALUE) and function in _HARMLESS:
+            return None  # it fails; nobody else's handle has these values
         if self.strict:
             state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"
             self._broken("handle", f"{function} got a handle that is {state}: {value:#x}")
@@ -468,9 +393,6 @@ class Kernel:
             return
         if isinstance(object_, File):
             self._close_end(object_)
-        elif isinstance(object_, Port):
-            object_.closed = True
-            self._wake(object_.waiters)
 
     def end_process(self, process: Process) -> None:
         """Do what Windows does when a process ends: cancel its operations, close its handles."""
@@ -484,12 +406,12 @@ class Kernel:
         process.handles.clear()
 
     def end_thread(self, process: Process, task: Any) -> None:
-        """Cancel what a thread that ends has started, where there is no completion port."""
+        """Cancel what a thread that ends has started."""
         for operation in list(process.operations):
-            if operation.task is task and not operation.finished and not operation.file.port:
+            if operation.task is task and not operation.finished:
                 self._finish_withdrawn(operation, CANCELLED)
 
-    def _wake(self, waiters: list[Any]) -> None:
+    def _wake(self, waiters: Iterable[Any]) -> None:
         for task in waiters:
             self.world.wake(task)
 
@@ -533,19 +455,9 @@ class Kernel:
             return "", ERROR_INVALID_NAME
         return rest[5:].upper(), 0
 
-    def CreateNamedPipeW(
-        self,
-        process: Process,
-        path: Any,
-        open_mode: int,
-        pipe_mode: int,
-        max_instances: int,
-        out_size: int,
-        in_size: int,
-        timeout: int,
-        attributes: Any,
-    ) -> int:
+    def CreateNamedPipeW(self, process: Process, path: Any, *arguments: Any) -> int:
         """Make an instance, which listens at once."""
+        open_mode, pipe_mode, max_instances, out_size, in_size, timeout, attributes = arguments
         key, error = self._key(path)
         access = open_mode & PIPE_ACCESS_DUPLEX
         message_type = bool(pipe_mode & PIPE_TYPE_MESSAGE)
@@ -560,12 +472,19 @@ class Kernel:
         if not error and name is not None:
             error = self._may_add(process, name, access, open_mode)
         if error:
+            process.refused_at = self.world.now
             self._error(error)
             return INVALID_HANDLE_VALUE
         if name is None:
-            descriptor = _descriptor(process, attributes)
-            seconds = (timeout or 50) / 1000
-            name = PipeName(key, access, max_instances, message_type, seconds, descriptor)
+            name = PipeName(
+                key,
+                access,
+                max_instances,
+                message_type,
+                (timeout or 50) / 1000,
+                _descriptor(process, attributes),
+                process.account,
+            )
             self.names[key] = name
         instance = Instance(name, out_size, in_size)
         rights = (access & PIPE_ACCESS_INBOUND and FILE_READ_DATA) | (
@@ -579,7 +498,7 @@ class Kernel:
         return self._new_handle(process, file)
 
     def _may_create(self, process: Process, key: str) -> int:
-        if key.startswith(_PROTECTED) and not process.elevated:
+        if key.startswith(_PROTECTED) and "BA" not in ACCOUNTS[process.account]:
             return ERROR_ACCESS_DENIED
         # A pipe's name can't be a folder of another's (npfs looks the longest prefix up).
         parts = key.split("\\")
@@ -588,7 +507,10 @@ class Kernel:
         return 0
 
     def _may_add(self, process: Process, name: PipeName, access: int, open_mode: int) -> int:
-        if not name.descriptor.rights(process) & FILE_CREATE_PIPE_INSTANCE:
+        wanted = ALWAYS_WANTED | FILE_CREATE_PIPE_INSTANCE
+        wanted |= FILE_GENERIC_READ if access & PIPE_ACCESS_INBOUND else 0
+        wanted |= FILE_GENERIC_WRITE if access & PIPE_ACCESS_OUTBOUND else 0
+        if wanted & ~name.rights(process):
             return ERROR_ACCESS_DENIED
         if name.limit != PIPE_UNLIMITED_INSTANCES and len(name.instances) >= name.limit:
             return ERROR_PIPE_BUSY
@@ -600,20 +522,13 @@ class Kernel:
         instance.state = LISTENING
         self.listens += 1
         instance.listening_since = self.listens
-        self._wake(instance.name.waiters)
+        for task in instance.name.waiters:
+            instance.name.waiters[task] = True
+            self.world.wake(task)
 
-    def CreateFileW(
-        self,
-        process: Process,
-        path: Any,
-        access: int,
-        share: int,
-        attributes: Any,
-        disposition: int,
-        flags: int,
-        template: Any,
-    ) -> int:
+    def CreateFileW(self, process: Process, path: Any, access: int, *arguments: Any) -> int:
         """Open a pipe: the instance that has listened longest gets the client."""
+        _share, _attributes, _disposition, flags, _template = arguments
         key, error = self._key(path)
         name = self.names.get(key)
         if not error and name is None:
@@ -624,12 +539,13 @@ class Kernel:
         listening: list[Instance] = []
         wanted = 0
         if not error and name is not None:
-            wanted = _wanted(access)
-            possible = (name.access & PIPE_ACCESS_INBOUND and FILE_WRITE_DATA) | (
-                name.access & PIPE_ACCESS_OUTBOUND and FILE_READ_DATA
+            # npfs takes the right to create instances from what a client asks for.
+            wanted = (_mapped(access) | ALWAYS_WANTED) & ~FILE_CREATE_PIPE_INSTANCE
+            excluded = (0 if name.access & PIPE_ACCESS_INBOUND else FILE_WRITE_DATA) | (
+                0 if name.access & PIPE_ACCESS_OUTBOUND else FILE_READ_DATA
             )
             listening = [i for i in name.instances if i.state is LISTENING]
-            if wanted & ~possible or wanted & ~name.descriptor.rights(process):
+            if wanted & excluded or wanted & ~name.rights(process):
                 error = ERROR_ACCESS_DENIED
             elif not listening:
                 error = ERROR_PIPE_BUSY
@@ -648,27 +564,34 @@ class Kernel:
         return self._new_handle(process, file)
 
     def WaitNamedPipeW(self, process: Process, path: Any, milliseconds: int) -> int:
-        """Wait until some instance listens; that reserves nothing."""
+        """Wait until an instance is offered. Nothing is reserved: it may be taken by then."""
         key, error = self._key(path)
         name = self.names.get(key)
         if error or name is None:
             return self._result(error or ERROR_FILE_NOT_FOUND)
+        if any(instance.state is LISTENING for instance in name.instances):
+            return 1
         deadline = self._after(milliseconds) if milliseconds else self.world.now + name.timeout
-        pipe = name
-
-        def over() -> bool:
-            return not pipe.instances or any(i.state is LISTENING for i in pipe.instances)
-
-        if not self._block_until(over, pipe.waiters, deadline):
-            return self._result(ERROR_SEM_TIMEOUT)
-        return self._result(0 if pipe.instances else ERROR_FILE_NOT_FOUND)
+        task = self.world.current
+        name.waiters[task] = False
+        # Nobody is sure whether the end of the last instance ends the wait.
+        heeds_end = not self.world.chance(0.5)
+        while not name.waiters[task] and self.world.now < deadline:
+            if not name.instances and heeds_end:
+                break
+            self.world.block(deadline)
+        if name.waiters.pop(task):
+            return 1
+        gone = not name.instances and heeds_end
+        return self._result(ERROR_FILE_NOT_FOUND if gone else ERROR_SEM_TIMEOUT)
 
     def _close_end(self, file: File) -> None:
         """The last handle to an end is closed."""
         instance = file.instance
+        file.closed_at = self.world.now
         for operation in list(file.operations):
-            # A write that others can still read goes on without its handle.
-            if not operation.finished and operation.kind != "write":
+            # A write that others can still read goes on without its handle, or it doesn't.
+            if operation.kind != "write" or self.world.chance(0.5):
                 self._finish_withdrawn(operation, PIPE_BROKEN)
         if file.is_server:
             instance.server = None
@@ -695,11 +618,13 @@ class Kernel:
 
     def _drop(self, queue: Queue, status: int) -> None:
         """Forget what nobody will read any more, and end the writes and flushes that wait."""
-        messages = list(queue.messages)
+        waiting = [message.operation for message in queue.messages if message.operation]
         queue.messages.clear()
-        for message in messages:
-            if message.operation:
-                self._finish(message.operation, status)
+        for place, operation in enumerate(waiting):
+            # Nobody is sure that a write behind others fails; its data is dropped all the same.
+            if place and queue.quota and self.world.chance(0.5):
+                self._finish(operation, SUCCESS, operation.size)
+            self._finish(operation, status)
         for flush in list(queue.flushes):
             self._finish_withdrawn(flush, status)
 
@@ -797,6 +722,11 @@ class Kernel:
             if message_reads or len(taken) >= size:
                 break
         self._share_quota(queue)
+        # Nobody is sure that a second write never ends before its rest is covered.
+        second = queue.messages[1] if queue.quota and len(queue.messages) > 1 else None
+        if second and second.operation and self.world.chance(0.5):
+            operation, second.operation = second.operation, None
+            self._finish(operation, SUCCESS, len(second.data))
         more = message_reads and queue.messages and queue.messages[0] is first
         return (BUFFER_OVERFLOW if more else SUCCESS), bytes(taken)
 
@@ -837,8 +767,9 @@ class Kernel:
         elif state is CLOSING:
             status = PIPE_CLOSING
         else:
-            status = self._put(file.outgoing, data, operation)
             operation.count = len(data)
+            status = self._put(file.outgoing, data, operation)
+            self.on_write(operation)
         return self._started(operation, status, count)
 
     def _put(self, queue: Queue, data: bytes, operation: Operation) -> int:
@@ -899,33 +830,6 @@ class Kernel:
         file.message_reads = message_reads
         return 1
 
-    def PeekNamedPipe(
-        self, process: Process, handle: Any, buffer: Any, size: int, read: Any, all_: Any, left: Any
-    ) -> int:
-        """Look at what could be read."""
-        file = self._object(process, handle, File, "PeekNamedPipe")
-        if not file:
-            return self._result(ERROR_INVALID_HANDLE)
-        state = self._state(file)
-        queue = file.incoming
-        if file.cut:
-            return self._result(ERRORS[PIPE_DISCONNECTED])
-        if state in (LISTENING, DISCONNECTED):
-            return self._result(ERRORS[INVALID_PIPE_STATE])
-        if state is CLOSING and not queue.messages:
-            return self._result(ERRORS[PIPE_BROKEN])
-        first = queue.messages[0].rest if queue.messages else 0
-        data = b"".join(message.data[message.offset :] for message in queue.messages)
-        if buffer is not None:
-            if file.message_reads:
-                data = data[:first]
-            ctypes.memmove(buffer, data, min(size, len(data)))
-        _store(read, min(size, len(data)))
-        _store(all_, sum(message.rest for message in queue.messages))
-        message_type = file.instance.name.message_type
-        _store(left, max(0, first - min(size, len(data))) if message_type else 0)
-        return 1
-
     # https://learn.microsoft.com/windows/win32/api/minwinbase/ns-minwinbase-overlapped
 
     def _start(
@@ -953,13 +857,12 @@ class Kernel:
             operation.with_overlapped = weakref.ref(overlapped, self._overlapped_freed(operation))
             event = overlapped.hEvent
             if event:
-                operation.packet_wanted = not event & 1
-                operation.event = self._object(process, event & ~1, Event, kind)
+                operation.event = self._object(process, event, Event, kind)
                 if operation.event:
-                    operation.event.signaled = False
+                    self._reset(operation.event)
             self.started[address] = operation
             overlapped.Internal = PENDING
-        file.signaled = False
+        self._reset(file)
         if kind == "read":
             self._watch_buffer(operation, buffer)
         elif kind == "write":
@@ -991,9 +894,11 @@ class Kernel:
         if status == PENDING:
             return self._left_pending(operation, count)
         if status not in WARNINGS:
-            # Internal stays at pending, the event is never set, and no packet comes.
+            # Internal stays at pending, and the event is never set.
             operation.phase = "failed at once"
             operation.held = None
+            if status == PIPE_BROKEN:
+                operation.file.told_gone = min(operation.file.told_gone, self.world.now)
             return self._result(ERRORS[status])
         operation.status = status
         operation.finished = True
@@ -1054,6 +959,8 @@ class Kernel:
             return
         seconds = self.world.delay("completion")
         if seconds:
+            if operation.kind == "read":
+                operation.file.last_read = math.inf
             self.world.later(seconds, partial(self._deliver, operation))
         else:
             self._deliver(operation)
@@ -1070,8 +977,12 @@ class Kernel:
             if operation.event:
                 operation.event.users -= 1
         operation.phase = "ended"
+        operation.ended_at = self.world.now
+        if operation.status == PIPE_BROKEN:
+            file.told_gone = min(file.told_gone, self.world.now)
         overlapped = operation.with_overlapped and operation.with_overlapped()
         if operation.kind == "read":
+            file.last_read = self.world.now
             self._fill_buffer(operation)
         elif was_pending and operation.held is not None:
             self._check_written(operation)
@@ -1080,12 +991,12 @@ class Kernel:
             overlapped.InternalHigh = operation.count
             overlapped.Internal = operation.status
         if operation.kind != "flush":  # FlushFileBuffers has an event of its own inside
-            self._signal(operation.event or file)
+            waitable = operation.event or file
+            waitable.signaled_for.add(operation.task)
+            if operation.event:
+                operation.event.ended.append(operation)
+            self._signal(waitable)
         self._wake(operation.waiters)
-        if file.port and operation.address and operation.packet_wanted:
-            packet = Packet(operation.status, operation.count, file.key, operation.address)
-            packet.memory = operation.with_overlapped
-            self._post(file.port, packet)
 
     def _fill_buffer(self, operation: Operation) -> None:
         buffer = operation.buffer()
@@ -1108,6 +1019,12 @@ class Kernel:
         waitable.signaled = True
         self._wake(waitable.waiters)
 
+    def _reset(self, waitable: Waitable) -> None:
+        """The start of an operation takes away the signal that another one's end has given."""
+        waitable.signaled = False
+        waitable.missed_by |= waitable.signaled_for - {self.world.current}
+        waitable.signaled_for.clear()
+
     def CancelIoEx(self, process: Process, handle: Any, overlapped: Any) -> int:
         """Ask for the end of an operation, or of all of them; it may have ended by itself."""
         file = self._object(process, handle, File, "CancelIoEx")
@@ -1123,6 +1040,7 @@ class Kernel:
         # One that has ended, but whose end isn't told yet, may count as found or not.
         found = [o for o in found if not o.finished or self.world.chance(0.5)]
         for operation in found:
+            operation.cancelled = True
             seconds = self.world.delay("cancel")
             if seconds:
                 self.world.later(seconds, partial(self._cancel, operation))
@@ -1134,73 +1052,9 @@ class Kernel:
         if not operation.finished and not operation.process.dead:
             self._finish_withdrawn(operation, CANCELLED)
 
-    def GetOverlappedResult(
-        self, process: Process, handle: Any, overlapped: Any, count: Any, wait: int
-    ) -> int:
-        """Return how an operation ended, after waiting for that if told so."""
-        return self._overlapped_result(
-            process, handle, overlapped, count, math.inf if wait else 0.0, ERROR_IO_INCOMPLETE
-        )
-
-    def GetOverlappedResultEx(
-        self,
-        process: Process,
-        handle: Any,
-        overlapped: Any,
-        count: Any,
-        milliseconds: int,
-        alertable: int,
-    ) -> int:
-        """Return how an operation ended, after waiting for that for some time."""
-        seconds = math.inf if milliseconds == INFINITE else milliseconds / 1000
-        error = WAIT_TIMEOUT if milliseconds else ERROR_IO_INCOMPLETE
-        return self._overlapped_result(process, handle, overlapped, count, seconds, error)
-
     def RtlNtStatusToDosError(self, process: Process, status: int) -> int:
         """Return the Win32 error that an NTSTATUS stands for."""
         return ERRORS.get(status, ERROR_MR_MID_NOT_FOUND)
-
-    def _overlapped_result(
-        self,
-        process: Process,
-        handle: Any,
-        overlapped: Any,
-        count: Any,
-        seconds: float,
-        too_early: int,
-    ) -> int:
-        overlapped = getattr(overlapped, "_obj", overlapped)
-        ended = overlapped.Internal != PENDING
-        if ended and not _value(handle):  # no handle is needed any more
-            file = None
-        else:
-            file = self._object(process, handle, File, "GetOverlappedResult")
-            if not file:
-                return self._result(ERROR_INVALID_HANDLE)
-        if overlapped.Internal == PENDING:
-            self._check_wait(self.started.get(ctypes.addressof(overlapped)), seconds)
-            if not seconds:
-                return self._result(ERROR_IO_INCOMPLETE)
-            event = overlapped.hEvent
-            waitable = self._object(process, event & ~1, Event, "wait") if event else file
-            if not waitable:
-                return self._result(ERROR_INVALID_HANDLE)
-            deadline = self.world.now + seconds
-            if not self._wait(waitable, deadline):
-                return self._result(too_early)
-        status = overlapped.Internal
-        _store(count, overlapped.InternalHigh)
-        # A number of the caller's own counts as success if its highest bit isn't set.
-        return self._result(ERRORS.get(status, 0 if status < 2**31 else ERROR_MR_MID_NOT_FOUND))
-
-    def _check_wait(self, operation: Operation | None, seconds: float) -> None:
-        """Waiting for what failed at once is endless; a caller that can't know may try for once."""
-        if operation is None:
-            self._broken("wait", "a wait for an operation that was never started")
-        elif operation.phase != "pending":
-            operation.vain_waits += 1
-            if seconds == math.inf or operation.vain_waits > 2:
-                self._broken("wait", "a wait for an operation that isn't pending")
 
     # https://learn.microsoft.com/windows/win32/sync/using-event-objects
 
@@ -1218,111 +1072,49 @@ class Kernel:
         self._signal(event)
         return 1
 
-    def ResetEvent(self, process: Process, handle: Any) -> int:
-        """Reset an event."""
-        event = self._object(process, handle, Event, "ResetEvent")
-        if not event:
-            return self._result(ERROR_INVALID_HANDLE)
-        event.signaled = False
-        return 1
-
     def WaitForSingleObject(self, process: Process, handle: Any, milliseconds: int) -> int:
         """Wait for a signal."""
         waitable = self._object(process, handle, Waitable, "WaitForSingleObject")
         if not waitable:
             self._error(ERROR_INVALID_HANDLE)
             return WAIT_FAILED
-        busy = True
+        if self.judges_waits and milliseconds:
+            self._check_wait(process, waitable, milliseconds)
+        ended = self._wait(waitable, self._after(milliseconds))
+        self.world.current.waited_at = self.world.now
+        return 0 if ended else WAIT_TIMEOUT
+
+    def _check_wait(self, process: Process, waitable: Waitable, milliseconds: int) -> None:
+        """Whoever waits does so for something under way, or for a reason that is named here."""
+        if milliseconds > LONGEST_WAIT:
+            self._broken("wait", f"a wait of {milliseconds} ms: nobody sees Ctrl-C meanwhile")
+        if waitable.signaled:
+            return
+        task = self.world.current
         if isinstance(waitable, Event):
-            busy = waitable.users > 0
-        elif isinstance(waitable, File):
-            busy = bool(waitable.operations)
-        if not waitable.signaled and not busy:
-            self._broken("wait", "a wait for a signal that nothing pending will give")
-        return 0 if self._wait(waitable, self._after(milliseconds)) else WAIT_TIMEOUT
+            waitable.ended = [
+                o for o in waitable.ended if o.with_overlapped() and o.address in process.under_way
+            ]
+            for operation in waitable.ended:
+                self._broken("wait", f"a wait though the end of a {operation.kind} is not taken")
+            # Windows has refused an instance of the pipe, and the server tries again soon.
+            if self.world.now - process.refused_at < RETRY_TIME or waitable.users:
+                return
+        elif not isinstance(waitable, File) or waitable.operations:
+            return
+        elif task in waitable.missed_by:
+            # The operation has ended, but another thread has started one on the same handle.
+            waitable.missed_by.remove(task)
+            return
+        self._broken("wait", "a wait for a signal that nothing pending will give")
 
     def _wait(self, waitable: Waitable, deadline: float) -> bool:
         if not self._block_until(lambda: waitable.signaled, waitable.waiters, deadline):
             return False
         if not waitable.manual_reset:
             waitable.signaled = False
+            waitable.signaled_for.clear()
         return True
-
-    # https://learn.microsoft.com/windows/win32/fileio/i-o-completion-ports
-
-    def CreateIoCompletionPort(
-        self, process: Process, handle: Any, port: Any, key: Any, threads: int
-    ) -> int:
-        """Make a port, or have a file's operations report to one, or both."""
-        value = _value(handle)
-        if value == INVALID_HANDLE_VALUE:
-            if _value(port):
-                self._error(ERROR_INVALID_PARAMETER)
-                return 0
-            return self._new_handle(process, Port())
-        file = self._object(process, handle, File, "CreateIoCompletionPort")
-        if not file:
-            return self._error(ERROR_INVALID_HANDLE)
-        if file.port or not file.overlapped:
-            return self._error(ERROR_INVALID_PARAMETER)
-        if not _value(port):
-            target, value = Port(), 0
-            value = self._new_handle(process, target)
-        else:
-            value = _value(port)
-            target = self._object(process, port, Port, "CreateIoCompletionPort")
-            if not target:
-                return self._error(ERROR_INVALID_HANDLE)
-        file.port = target
-        file.key = _number(key)
-        return value
-
-    def _post(self, port: Port, packet: Packet) -> None:
-        if not port.closed:
-            port.packets.append(packet)
-            self._wake(port.waiters)
-
-    def PostQueuedCompletionStatus(
-        self, process: Process, port: Any, count: int, key: Any, overlapped: Any
-    ) -> int:
-        """Add a packet of one's own."""
-        target = self._object(process, port, Port, "PostQueuedCompletionStatus")
-        if not target:
-            return self._result(ERROR_INVALID_HANDLE)
-        overlapped = getattr(overlapped, "_obj", overlapped)
-        address = 0 if overlapped is None else ctypes.addressof(overlapped)
-        self._post(target, Packet(SUCCESS, _number(count), _number(key), address))
-        return 1
-
-    def GetQueuedCompletionStatus(
-        self,
-        process: Process,
-        port: Any,
-        count: Any,
-        key: Any,
-        overlapped: Any,
-        milliseconds: int,
-    ) -> int:
-        """Take the next packet, or wait for one."""
-        target = self._object(process, port, Port, "GetQueuedCompletionStatus")
-        _store_pointer(overlapped, 0)
-        if not target:
-            return self._result(ERROR_INVALID_HANDLE)
-        queue: Port = target
-        deadline = self._after(milliseconds)
-        if not self._block_until(
-            lambda: bool(queue.packets) or queue.closed, queue.waiters, deadline
-        ):
-            return self._result(WAIT_TIMEOUT)
-        if queue.closed:
-            return self._result(ERROR_ABANDONED_WAIT_0)
-        packet = queue.packets.popleft()
-        if packet.memory is not None and packet.memory() is None:
-            self._broken("memory", "an OVERLAPPED is freed before its packet is taken")
-        _store(count, packet.count)
-        _store(key, packet.key)
-        _store_pointer(overlapped, packet.address)
-        return self._result(ERRORS[packet.status])
 
     # https://learn.microsoft.com/windows/win32/secauthz/security-descriptor-string-format
 
@@ -1350,8 +1142,8 @@ class Kernel:
         return 0
 
 
-def _ignore(process: Process, instance: Instance) -> None:
-    """Nobody wants to know who opens a pipe."""
+def _ignore(*what: Any) -> None:
+    """Nobody wants to know who opens a pipe, or what is written."""
 
 
 # ---- Names, numbers and memory ------------------------------------------------------------------
@@ -1409,14 +1201,12 @@ def _normalize(path: str) -> str:
     return "\\".join(parts)
 
 
-def _wanted(access: int) -> int:
-    """Return the rights that an access mask asks for; npfs takes bit 4 from a client's open."""
-    wanted = access & (FILE_READ_DATA | FILE_WRITE_DATA)
-    if access & (GENERIC_READ | GENERIC_ALL):
-        wanted |= FILE_READ_DATA
-    if access & (GENERIC_WRITE | GENERIC_ALL):
-        wanted |= FILE_WRITE_DATA
-    return wanted
+def _mapped(mask: int) -> int:
+    """Return the rights of a mask, with those that its generic rights stand for."""
+    for generic, rights in GENERIC_RIGHTS.items():
+        if mask & generic:
+            mask = mask & ~generic | rights
+    return mask
 
 
 def _parse_sddl(text: str) -> Descriptor:
@@ -1425,19 +1215,19 @@ def _parse_sddl(text: str) -> Descriptor:
     if match is None or (text and not re.match("[OGDS]:", text)):
         raise ValueError(str(ERROR_INVALID_PARAMETER if ":" not in text[:2] else ERROR_INVALID_ACL))
     if "D:" not in text:
-        return Descriptor()
+        return DEFAULT_DESCRIPTOR
     entries = []
-    for kind, _flags, rights, _object, _inherited, trustee in _ACE.findall(match.group(2) or ""):
+    for kind, flags, rights, _object, _inherited, trustee in _ACE.findall(match.group(2) or ""):
         if kind not in ("A", "D") or (trustee not in _TRUSTEES and not trustee.startswith("S-1-")):
             raise ValueError(str(ERROR_INVALID_ACL))
-        entries.append((kind, _parse_rights(rights), trustee))
+        if "IO" not in flags:  # only for what is created below
+            entries.append((kind, _parse_rights(rights), trustee))
     return Descriptor(entries)
 
 
 def _parse_rights(text: str) -> int:
     if text.startswith("0x"):
-        mask = int(text, 16)
-        return (mask & ALL_RIGHTS) | (ALL_RIGHTS if mask & GENERIC_ALL else 0)
+        return _mapped(int(text, 16))
     rights = 0
     for place in range(0, len(text), 2):
         if text[place : place + 2] not in _RIGHTS:
@@ -1446,21 +1236,11 @@ def _parse_rights(text: str) -> int:
     return rights
 
 
-class _SecurityAttributes(ctypes.Structure):
-    """SECURITY_ATTRIBUTES, of which CreateNamedPipeW gets the address."""
-
-    _fields_ = [
-        ("nLength", ctypes.c_uint32),
-        ("lpSecurityDescriptor", ctypes.c_void_p),
-        ("bInheritHandle", ctypes.c_int32),
-    ]
-
-
 def _descriptor(process: Process, attributes: Any) -> Descriptor:
     """Return the descriptor that a SECURITY_ATTRIBUTES leads to."""
     attributes = getattr(attributes, "_obj", attributes)
     if attributes is None:
-        return Descriptor()
-    read = _SecurityAttributes.from_buffer_copy(attributes)
+        return DEFAULT_DESCRIPTOR
+    read = SecurityAttributes.from_buffer_copy(attributes)
     found = process.descriptors.get(read.lpSecurityDescriptor or 0)
-    return found if isinstance(found, Descriptor) else Descriptor()
+    return found if isinstance(found, Descriptor) else DEFAULT_DESCRIPTOR

@@ -1,12 +1,269 @@
 """Mistakes of concurrency and interruption, to be planted in vmshim.py one at a time.
 
-Data for .ci/mutate.py; `.ci/simulate.py --mistakes` shows for each after how many runs the
-simulation finds it. Each is a name, a text of vmshim.py, and what replaces it.
+`.ci/simulate.py --mistakes` shows for each after how many runs the simulation finds it. TABLE has
+them: the rule, and then the text of vmshim.py that keeps it (it is there once), and what replaces
+it: as old  =>  new where both are in one line, or else as lines with a - and lines with a +, behind
+which the text is as it is. [deep] takes the deep mode.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+TABLE = r"""
+# One operation.
+what is cancelled is waited for
+-        while self.is_pending() and waits > 0:
+-            time.sleep(0.001)
+-            waits -= 1
+what failed at once is never waited for
+-            overlapped.Internal = _NOT_STARTED
+-            self._failure
++            self._failure
+what may have failed at once is not waited for without end
+    waits = math.inf if is_known else 100  =>  waits = math.inf
+what may be ending is waited for
+    waits = math.inf if is_known else 100  =>  waits = math.inf if is_known else 0
+an operation that has ended is forgotten
+-        _under_way.pop(ctypes.addressof(self.overlapped), None)
+what Ctrl-C has left is given back
+    if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):  =>  if False:
+what Windows may still write to is kept
+    if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):  =>  if True:
+what is under way is kept, whatever Ctrl-C cuts short
+    _under_way[ctypes.addressof(overlapped)] = overlapped,  =>  _ = overlapped,
+each operation has an OVERLAPPED of its own
+-        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)
++        self.overlapped = sys.modules.setdefault('o', OVERLAPPED(Internal=_NOT_STARTED))
+a signal may be another operation's
+    if self.is_pending() and not is_timeout:  =>  if False:
+no handle lies in a local variable
+    self._handle = owner._handle  =>  handle = self._handle = owner._handle
+a wait is short enough for Ctrl-C
+    operation.wait(min(_LONGEST_WAIT, seconds))  =>  operation.wait(min(5.0, seconds))
+
+# A pipe and a client.
+a deadline ends an operation
+    is_late = seconds <= 0  =>  is_late = False
+what ended by itself is no timeout
+    if is_late and error == ERROR_OPERATION_ABORTED:  =>  if is_late:
+close() ends what is under way
+-                _kernel32.CancelIoEx(self._handle, None)
+close() closes the handle
+-            # This closes the handle, unless another thread's operation still has it.
+-            self._handle = None
++            pass
+a pipe that was closed goes on with nothing
+    if is_late or self.closed:  =>  if is_late:
+an operation that close() has ended is no failure
+-        self._check_open()  # another thread may have closed the pipe
+a refusal that came before all was read is read
+-        response = _read_response(pipe, max_response)
+-        if not response:
+-            raise
++        raise
+a client closes on every path
+-        with dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout) as pipe:
++        pipe = dial_pipe(pipe_path, connect_timeout=connect_timeout, timeout=timeout)
++        sys.modules.setdefault('pipes', []).append(pipe)
++        if pipe:
+a traceback keeps no connection open [deep]
+    pipe.close()  # the traceback would keep it open  =>  pass
+busy is tried no longer than allowed
+    error != ERROR_PIPE_BUSY or seconds <= 0  =>  error != ERROR_PIPE_BUSY or seconds <= -3
+a request is never repeated
+-            _exchange(pipe, request.to_json(), max_response)
++            try:
++                _exchange(pipe, request.to_json(), max_response)
++            except OutcomeUnknownError:
++                with dial_pipe(pipe_path, timeout=timeout) as pipe:
++                    _exchange(pipe, request.to_json(), max_response)
+who timed out in line is told so
+    raise ShimBusyError(*ShimBusyError._means, pipe.name, WAIT_TIMEOUT) from None  =>  raise
+where the object fills a buffer nobody is sure
+-        if size % 512 == 0 and blocks & (blocks - 1) == 0:
+-            raise
+the newline isn't part of the object
+    size = len(message) - len(b"\n")  =>  size = len(message)
+a buffer grows to twice its size and 512
+    blocks & (blocks - 1) == 0  =>  blocks == 2
+a timeout of the response is unknown
+-        pipe.write(message)
+-    except ResponseTimeoutError:
++        pipe.write(message)
++        if pipe.deadline < math.inf:
++            pipe.read(0)
++            _read_response(pipe, max_response)
++    except ResponseTimeoutError:
+
+# The handler.
+a request is carried out once
+-        response = self._call_handler(request)
++        response = self._call_handler(request) and self._call_handler(request)
+the handler comes before success
+-        response = self._call_handler(request)
++        client.respond(SHIM_SUCCESS)
++        response = self._call_handler(request)
+who has gone is not carried out
+    if not client.is_there():  =>  if False:
+a read is always under way
+-                self._server._waiting.append(self)
+-        self._read()
++                self._server._waiting.append(self)
++                return
++        self._read()
+who comes first is handled first
+    self._waiting.pop(0)  =>  self._waiting.pop()
+the client before may take its response first
+    while client.step == "respond" and time.monotonic() < give_up:  =>  while False:
+a courtesy is short
+    _COURTESY = 0.01  =>  _COURTESY = 0.1
+the handler's time doesn't count
+    other.deadline += seconds  # nobody could be attended to  =>  pass
+shutdown() in the handler doesn't wait for itself
+    not (is_here or sys.is_finalizing())  =>  not sys.is_finalizing()
+a refusal arrives byte for byte
+    bytes(refusal.response) or refusal.message  =>  refusal.message
+a refusal's newlines stay
+    refusal.message.encode(  =>  refusal.message.rstrip().encode(
+what can't be sent is replaced
+-    return response if response not in (b"", SHIM_SUCCESS) else b"the handler gave no text"
++    return response
+
+# The loop.
+what has ended is taken before deadlines are judged
+-        for client in list(self._clients):
+-            client.advance()
+-        now = time.monotonic()
+-        for client in [client for client in self._clients if client.deadline <= now]:
+-            client.give_up()
++        now = time.monotonic()
++        for client in [client for client in self._clients if client.deadline <= now]:
++            client.give_up()
++        for client in list(self._clients):
++            client.advance()
+nobody waits who has started an operation since the last look
+-        if self._has_begun:
+-            return
+a look takes note that it has looked
+-        self._has_begun = False
+-        for
++        for
+a wait ends when a client's time is over
+-        seconds = max(0.0, min(seconds, deadline - time.monotonic()))
++        seconds = max(0.0, min(seconds, deadline))
+the bound is exact
+    len(self._clients) >= self.max_clients  =>  len(self._clients) > self.max_clients
+one instance is offered at a time
+    if is_full or is_offered or time  =>  if is_full or time
+a client faster than ConnectNamedPipe is welcome
+    if error in (0, ERROR_MORE_DATA, ERROR_PIPE_CONNECTED):  =>  if error in (0, ERROR_MORE_DATA):
+a client that has gone is forgotten
+    clients.remove(self)  =>  pass
+dropping a client ends what is under way
+-        for operation in list(self._operations):
+-            operation.end()
+dropping a client closes its instance
+-        self._handle = None  # the last reference: this closes the handle
+a success ends in end of file
+    self._begin(self._was_told, _kernel32.WriteFile, b"", 0, None)  =>  self._was_told(_)
+a refusal ends in a close
+-        else:
+-            self.drop()
+-
+-    def _was_told
++
++    def _was_told
+a client that doesn't leave is cut off
+-        self.step = "leave"
+-        self.deadline = _deadline(self._server.request_timeout)
++        self.step = "leave"
++        self.deadline = math.inf
+a client that doesn't read is cut off
+-        self.step = "respond"
+-        self.deadline = _deadline(self._server.request_timeout)
++        self.step = "respond"
++        self.deadline = math.inf
+a client that is silent is cut off
+-        self.step = "send"
+-        self.deadline = _deadline(self._server.request_timeout)
++        self.step = "send"
+who is too late is told so
+    self.respond(b"no complete request came in time")  =>  self.drop()
+what a client sends is bounded
+    if len(self.received) > MAX_REQUEST:  =>  if False:
+what comes after too long a request is read
+-                self.respond(_TOO_LONG)
++                self.respond(_TOO_LONG)
++                return
+the buffers are 0
+    PIPE_UNLIMITED_INSTANCES, 0, 0, 0  =>  PIPE_UNLIMITED_INSTANCES, 4096, 4096, 0
+
+# Beginning and end.
+shutdown() wakes the server
+-        _kernel32.SetEvent(self._event)
+shutdown() says it before it wakes the server
+-        self._is_stopping = True
+-        _kernel32.SetEvent(self._event)
++        _kernel32.SetEvent(self._event)
++        self._is_stopping = True
+shutdown() waits for its own run
+    self._runs.get("run") is run and  =>  self._runs.get("run") and
+shutdown() waits for the run
+    while run and self._runs  =>  while False and self._runs
+a run that follows isn't stopped by the last one's call
+-        self._is_stopping = False
+-        if self._is_closed:
++        if self._is_closed:
+a server that is closed while it serves gives its name up
+-        self._is_stopping = False
+-        if self._is_closed:
+-            self._release()
++        self._is_stopping = False
+who waits is told that the server stops
+-        if self.step in ("send", "wait"):
+-            self.respond(_STOPPED)
+-        elif
++        if
+a server that stops gives its clients time
+-        elif self.step != "respond":
+-            self.drop()
+-        self.deadline = min
++        else:
++            self.drop()
++        self.deadline = min
+... but little time
+    self.deadline = min(self.deadline, time.monotonic() + _STOP_GRACE)  =>  pass
+Ctrl-C gives its clients time, too
+-            self._is_stopping = True
+-            self._serve()
+-            raise
++            raise
+a run that was cut short is ended by whoever comes next
+-        self._end()
+-        return False
++        return False
+the end of a run drops its clients
+-        for client in list(self._clients):
+-            client.drop()
+-        self._is_stopping
++        self._is_stopping
+the first instance is the first
+    FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0  =>  0 if first else 0
+a client that came early isn't lost
+-            self._came_early.append(self._handle)
+nobody else can connect to the name's keeper
+-        while not self._use_up_instance():
+-            self._came_early.append(self._handle)
++        while False:
+nobody else may open the pipe
+-_DEFAULT_SECURITY = "D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;OW)"
++_DEFAULT_SECURITY = "D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GR;;;WD)"
+nobody waits for the response to what was not sent
+    raise  # the shim is still there, and waits for the request  =>  pass
+a second Ctrl-C leaves no handle in the traceback
+    operation._handle = None  # the traceback of a second Ctrl-C would keep it open  =>  pass
+"""
 
 
 class Mistake(NamedTuple):
@@ -15,354 +272,25 @@ class Mistake(NamedTuple):
     rule: str
     old: str
     new: str
-    deep: bool = False  # whether it takes the deep mode to find it
+    is_deep: bool
 
 
-MISTAKES: list[Mistake] = [
-    # One operation.
-    Mistake(
-        "what is cancelled is waited for",
-        "            while self.is_pending():\n                self.wait(_LONGEST_WAIT)\n",
-        "            while self.is_pending() and not cancelled:\n"
-        "                self.wait(_LONGEST_WAIT)\n",
-    ),
-    Mistake(
-        "what ends by itself while it is cancelled is waited for",
-        "            while self.is_pending():\n                self.wait(_LONGEST_WAIT)\n",
-        "            while self.is_pending() and cancelled:\n"
-        "                self.wait(_LONGEST_WAIT)\n",
-    ),
-    Mistake(
-        "what is waited for is cancelled first",
-        "            cancelled = _kernel32.CancelIoEx(self.handle, self.overlapped)\n",
-        "            cancelled = True\n",
-    ),
-    Mistake(
-        "what failed at once is never waited for",
-        "        self.overlapped.Internal = _NOT_STARTED\n",
-        "",
-    ),
-    Mistake(
-        "what may have failed at once is not waited for without end",
-        "                if not (cancelled or self._is_started):\n                    break\n",
-        "",
-    ),
-    Mistake(
-        "a wait that ran out is no end",
-        "            while error == ERROR_IO_PENDING:\n",
-        "            if error == ERROR_IO_PENDING:\n",
-    ),
-    Mistake(
-        "however it is left, an operation is ended",
-        "        finally:\n            operation.end()\n            operation.release()\n",
-        "        finally:\n            operation.release()\n",
-    ),
-    Mistake(
-        "an operation that has ended is forgotten",
-        "        _under_way.pop(self.address, None)\n\n    def release",
-        "\n    def release",
-    ),
-    Mistake(
-        "a deadline ends an operation",
-        "                timed_out = seconds <= 0\n",
-        "                timed_out = False\n",
-    ),
-    Mistake(
-        "each operation at a time has a signal of its own",
-        "            if self._operations[0] is not operation:\n",
-        "            if self.closed:\n",
-    ),
-    Mistake(
-        "each operation has an OVERLAPPED of its own",
-        "        self.overlapped = OVERLAPPED(Internal=_NOT_STARTED)\n",
-        "        self.overlapped = handle.__dict__.setdefault('shared', OVERLAPPED())\n",
-    ),
-    Mistake(
-        "the buffer lives as long as the operation",
-        "        self.arguments = arguments\n",
-        "        self.arguments = tuple(\n"
-        "            type(a)() if isinstance(a, ctypes.Array) else a for a in arguments\n"
-        "        )\n",
-    ),
-    # A pipe.
-    Mistake(
-        "close() ends what is under way",
-        "            operation.end()\n            # Ctrl-C may have kept",
-        "            # Ctrl-C may have kept",
-    ),
-    Mistake(
-        "close() skips nothing that is under way",
-        "        for operation in list(self._operations):\n            operation.end()\n",
-        "        for operation in self._operations:\n            operation.end()\n",
-    ),
-    Mistake(
-        "close() closes the handle though a flush has failed",
-        "            if operation.thread == _thread.get_ident():\n"
-        "                operation.release()\n",
-        "",
-    ),
-    Mistake(
-        "close() closes the handle",
-        "        self._handle = None\n\n    def _open",
-        "\n    def _open",
-    ),
-    Mistake(
-        "a handle is closed once",
-        "        # This closes the handle, unless another thread's operation still has it.\n"
-        "        self._handle = None\n",
-        "        if self._handle is not None:\n"
-        "            ctypes.WinDLL('kernel32').CloseHandle(self._handle)\n"
-        "        self._handle = None\n",
-    ),
-    Mistake(
-        "a flush is cancelled again and again",
-        "        while self._begun and not self._done and not sys.is_finalizing():\n"
-        "            # Again",
-        "        if self._begun and not self._done:\n            # Again",
-    ),
-    Mistake(
-        "a queue is asked in vain before it is waited for",
-        "    for timeout in 0, seconds:\n",
-        "    for timeout in (seconds,):\n",
-    ),
-    Mistake(
-        "a flush ends with the deadline",
-        "                if not has_ended and time.monotonic() >= self.deadline:\n",
-        "                if False:\n",
-    ),
-    Mistake(
-        "a refusal that came before all was read is read",
-        "        response = _read_response(pipe, max_response)\n"
-        "        if not response:\n"
-        "            raise\n"
-        "        return response\n",
-        "        raise\n",
-    ),
-    Mistake(
-        "a client closes on every path",
-        "        with dial_pipe(pipe_path, connect_timeout=connect_timeout, "
-        "timeout=timeout) as pipe:\n",
-        "        pipe = dial_pipe(pipe_path, connect_timeout=connect_timeout, "
-        "timeout=timeout)\n"
-        "        sys.modules.setdefault('pipes', []).append(pipe)\n"
-        "        if pipe:\n",
-    ),
-    Mistake(
-        "busy is tried no longer than allowed",
-        "error != ERROR_PIPE_BUSY or seconds <= 0",
-        "error != ERROR_PIPE_BUSY or seconds <= -3",
-    ),
-    Mistake(
-        "a request is never repeated",
-        "            response = _exchange(pipe, message, max_response)\n",
-        "            try:\n"
-        "                response = _exchange(pipe, message, max_response)\n"
-        "            except OutcomeUnknownError:\n"
-        "                with dial_pipe(pipe_path, timeout=timeout) as pipe:\n"
-        "                    response = _exchange(pipe, message, max_response)\n",
-    ),
-    # The handler's thread.
-    Mistake(
-        "the handler comes before success",
-        "            if client is not None:\n"
-        "                self._responses.put((client, "
-        "self._call_handler(client.request)))\n",
-        "            if client is not None:\n"
-        "                self._responses.put((client, SHIM_SUCCESS))\n"
-        "                self._wake()\n"
-        "                self._call_handler(client.request)\n",
-    ),
-    Mistake(
-        "the handler has one request at a time",
-        "                self._responses.put((client, self._call_handler(client.request)))\n",
-        "                import _thread\n"
-        "\n"
-        "                _thread.start_new_thread(\n"
-        "                    lambda: self._responses.put(\n"
-        "                        (client, self._call_handler(client.request))\n"
-        "                    ),\n"
-        "                    (),\n"
-        "                )\n",
-    ),
-    Mistake(
-        "a response wakes the I/O thread",
-        "                self._wake()\n        self._write_log()\n",
-        "        self._write_log()\n",
-    ),
-    Mistake(
-        "who leaves the handler wakes the I/O thread",
-        "        self._handler_has_left = True\n        self._wake()\n",
-        "        self._handler_has_left = True\n",
-    ),
-    Mistake(
-        "who leaves says so before the wake-up",
-        "        self._handler_has_left = True\n        self._wake()\n",
-        "        self._wake()\n        self._handler_has_left = True\n",
-    ),
-    Mistake(
-        "serve_forever() waits for its I/O thread",
-        "            service.leave_handler()\n            service.join()\n",
-        "            service.leave_handler()\n",
-    ),
-    Mistake(
-        "a thread that couldn't start isn't waited for",
-        "        while self._has_begun and not self._has_ended and not sys",
-        "        while not self._has_ended and not sys",
-    ),
-    Mistake(
-        "shutdown() wakes the I/O thread",
-        'unless the handler calls this."""\n        self._wake()\n',
-        'unless the handler calls this."""\n',
-    ),
-    Mistake(
-        "close() in the handler doesn't wait for itself",
-        "            if self._is_in_handler():\n                return\n",
-        "",
-    ),
-    # The I/O thread.
-    Mistake(
-        "what was answered before the handler left isn't lost",
-        "        while not self._responses.empty():\n"
-        "            self._resume(*self._responses.get())\n"
-        "        if handler_has_left:\n",
-        "        if handler_has_left:\n"
-        "            for client in list(self._at_handler):\n"
-        "                self._resume(client, None)\n"
-        "        while not self._responses.empty():\n"
-        "            self._resume(*self._responses.get())\n"
-        "        if handler_has_left:\n",
-    ),
-    Mistake(
-        "a client is answered once",
-        "        self._at_handler.remove(client)\n",
-        "        self._at_handler[-1:] = []\n",
-    ),
-    Mistake(
-        "a client that is late is cut off",
-        "            client, _ = self._deadlines.popitem(last=False)\n"
-        "            client.cut_off()\n",
-        "            client, _ = self._deadlines.popitem(last=False)\n",
-    ),
-    Mistake(
-        "the oldest deadline comes first",
-        "        self._deadlines.pop(client, None)\n        seconds = self._server",
-        "        seconds = self._server",
-    ),
-    Mistake(
-        "the bound is exact",
-        "self._connected < self._server.max_clients",
-        "self._connected <= self._server.max_clients",
-    ),
-    Mistake(
-        "nobody is let in while a request waits",
-        "            and len(self._at_handler) <= 1",
-        "            and len(self._at_handler) <= 3",
-    ),
-    Mistake(
-        "who leaves makes room",
-        "        self._connected -= client.is_connected\n",
-        "",
-    ),
-    Mistake(
-        "the door is open again after a client",
-        "        if self._offered is client:\n"
-        "            self._offered = None\n"
-        "        # ERROR_NO_DATA",
-        "        # ERROR_NO_DATA",
-    ),
-    Mistake(
-        "a client that is there before ConnectNamedPipe doesn't close the door",
-        "            while self._may_let_in() and not self._offered and",
-        "            if self._may_let_in() and not self._offered and",
-    ),
-    Mistake(
-        "a client faster than ConnectNamedPipe is welcome",
-        "        if client.is_used_up or error not in (0, ERROR_PIPE_CONNECTED):\n",
-        "        if client.is_used_up or error:\n",
-    ),
-    Mistake(
-        "a server that stops uses the offered instance up",
-        "            if self._offered and not self._may_let_in():\n",
-        "            if self._offered and not self._may_let_in() and not self._is_stopping:\n",
-    ),
-    Mistake(
-        "a completion belongs to its operation",
-        "        operation, client, task = self._operations.pop(overlapped.value)\n",
-        "        operation, client, task = self._operations.pop(next(iter(self._operations)))\n",
-    ),
-    Mistake(
-        "the server lets go of an operation that has ended",
-        "        client.operations.remove(operation)\n"
-        "        operation.end()\n"
-        "        self._advance(client, task, (operation.error(), count.value))\n",
-        "        client.operations.remove(operation)\n"
-        "        self._advance(client, task, (operation.error(), count.value))\n",
-    ),
-    Mistake(
-        "cutting off cancels",
-        "            _kernel32.CancelIoEx(self.handle, operation.overlapped)\n",
-        "            pass\n",
-    ),
-    Mistake(
-        "a client that has gone is forgotten",
-        "        self._clients.discard(client)\n",
-        "",
-    ),
-    Mistake(
-        "a server that stops gives its clients little time",
-        "            seconds = _STOP_GRACE if seconds is None else min(seconds, _STOP_GRACE)\n",
-        "            pass\n",
-    ),
-    Mistake(
-        "a failed client lets its connection go",
-        '("debug", "a client has failed: Win32 error %s", error.winerror)',
-        '("debug", "a client has failed: %s", error)',
-    ),
-    Mistake(
-        "a refusal is followed by a close",
-        "            if not is_leaving:\n                client.cut_off()\n",
-        "            if self._is_stopping:\n                client.cut_off()\n",
-    ),
-    Mistake(
-        "the success is read before the end of file is sent",
-        "            0,\n            0,\n            0,\n            security,\n",
-        "            4096,\n            4096,\n            0,\n            security,\n",
-    ),
-    Mistake(
-        "a success ends in end of file",
-        '                yield from self._write(client, b"")\n',
-        "",
-    ),
-    Mistake(
-        "a client that came early isn't lost",
-        "            self.came_early.append(instance)\n",
-        "",
-    ),
-    Mistake(
-        "nobody else can connect to the name's keeper",
-        "        while not self.use_up():\n"
-        "            self.came_early.append(instance)\n"
-        "            instance = self.create()\n",
-        "",
-    ),
-    Mistake(
-        "the first instance is the first",
-        "self._create(FILE_FLAG_FIRST_PIPE_INSTANCE, security)",
-        "self._create(0, security)",
-    ),
-    Mistake(
-        "the end of the I/O thread ends serve_forever()",
-        "            self._has_ended = True\n            self._requests.put(None)\n",
-        "            self._requests.put(None)\n",
-    ),
-    Mistake(
-        "a server that is closed while it serves gives its name up",
-        "                if server._closed:\n                    server._listener.close()\n",
-        "",
-    ),
-    Mistake(
-        "what the I/O thread has entered it removes",
-        "                server._serving.clear()\n",
-        "                pass\n",
-    ),
-]
+def _read_table() -> list[Mistake]:
+    found: list[Mistake] = []
+    rule, old, new = "", [""], [""]
+    for line in [*TABLE.splitlines(), "the end"]:
+        if line.startswith("-"):
+            old.append(line[1:])
+        elif line.startswith("+"):
+            new.append(line[1:])
+        elif line.startswith("    "):
+            old, new = ([part] for part in line.strip().split("  =>  "))
+        elif line and not line.startswith("#"):
+            if old:
+                name = rule.replace(" [deep]", "")
+                found.append(Mistake(name, "\n".join(old), "\n".join(new), name != rule))
+            rule, old, new = line, [], []
+    return found[1:]
+
+
+MISTAKES = _read_table()

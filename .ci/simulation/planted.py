@@ -24,7 +24,7 @@ def try_mistake(mistake: Mistake, source: str) -> str:
         with open(path, "w", encoding="utf-8") as file:
             file.write(source.replace(mistake.old, mistake.new))
         command = [sys.executable, SCRIPT, "--file", path, "--seed", "0", "--failures", "1"]
-        command += ["--quiet", "--runs", str(MAX_RUNS), *(["--deep"] if mistake.deep else [])]
+        command += ["--quiet", "--runs", str(MAX_RUNS), *(["--deep"] if mistake.is_deep else [])]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found = re.search(r"^seed \d+: (.*)$", run.stdout, re.MULTILINE)
     runs = re.search(r"^(\d+) runs", run.stdout, re.MULTILINE)
@@ -33,13 +33,13 @@ def try_mistake(mistake: Mistake, source: str) -> str:
     return "" if runs else f"BROKE OFF: {run.stdout[-300:]}"
 
 
-def plant_all(path: str, only: str) -> int:
+def plant_all(path: str, only: str, processes: int) -> int:
     """Try all; print a line for each."""
     with open(path, encoding="utf-8") as file:
         source = file.read()
     mistakes = [mistake for mistake in MISTAKES if re.search(only, mistake.rule)]
     missed = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(processes) as pool:
         results = pool.map(lambda mistake: try_mistake(mistake, source), mistakes)
         for mistake, result in zip(mistakes, results):
             missed += not result or result[0] in "NB"

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import math
 import random
+import sys
 import traceback
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Tuple
 
 from simulation.environment import DOCUMENTED_ERRORS, Slot, start_thread
 from simulation.fibers import GreenletExit
@@ -16,15 +19,18 @@ from simulation.kernel import CONNECTED, File, Instance, Process
 from simulation.rules import PATH, STOP_SECONDS, TOLERANCE, Request, Run
 from simulation.scheduler import STEP, Task
 
+PIPE_KEY = "VMSHIM-SIMULATED"
+IDLE_STOP_SECONDS = 0.03  # in which shutdown() returns if the server has no client
+
 # ---- Peers on the bare kernel -------------------------------------------------------------------
 
 
 class Peer:
     """A process without vmshim: it calls the kernel, with handles that block."""
 
-    def __init__(self, run: Run, name: str) -> None:
+    def __init__(self, run: Run, name: str, account: str = "administrator") -> None:
         self.run = run
-        self.process = Process(name)
+        self.process = Process(name, account=account)
         self.kernel = run.kernel
         self.world = run.scheduler
 
@@ -50,11 +56,15 @@ class Peer:
         """Do nothing for a while."""
         self.world.sleep(seconds)
 
-    def open(self, seconds: float) -> int:
+    def mark(self) -> Mark:
+        """Return the time, and how much of it has gone to clock and handler, which don't count."""
+        return self.world.now, self.world.jumped, self.run.seconds_handled()
+
+    def open(self, seconds: float, access: int = 0xC0000000) -> int:
         """Open the pipe; 0 if it stays busy or isn't there."""
         give_up = self.world.now + seconds
         while True:
-            handle = self.call("CreateFileW", PATH, 0xC0000000, 0, None, 3, 0, None)
+            handle = self.call("CreateFileW", PATH, access, 0, None, 3, 0, None)
             if handle < 2**31:
                 return handle
             if self.world.current.last_error != 231 or self.world.now >= give_up:
@@ -78,44 +88,43 @@ class Peer:
         self.call("CloseHandle", handle)
 
 
+Mark = Tuple[float, float, float]
+
+
 class Number:
     """Where the kernel stores a number."""
 
     value = 0
 
 
-class _Plan(NamedTuple):
-    """How a peer behaves."""
-
-    name: str
-    behave: Callable[[Peer, random.Random, Request], None]
-
-
 def _silent(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
-        _hold(peer, handle, draw.choice((0.01, 0.5, 3.0)), peer.world.now, 2)
+        _hold(peer, handle, draw.choice((0.01, 0.5, 3.0)), peer.mark(), 2)
 
 
-def _hold(peer: Peer, handle: int, seconds: float, since: float, steps: int) -> None:
-    """Do nothing for a while; a server cuts such a client off after its time for some steps."""
-    limit = peer.run.cut_off_after
-    end = peer.world.now + seconds
-    if limit is not None and since + steps * limit + TOLERANCE < end:
-        jumped = peer.world.jumped
-        peer.sleep(since + steps * limit + TOLERANCE - peer.world.now)
-        peer.sleep(peer.world.jumped - jumped)
+def _hold(peer: Peer, handle: int, seconds: float, mark: Mark, steps: int) -> None:
+    """Do nothing for a while; a server cuts such a client off after its time for some steps.
+
+    The time in which a handler runs doesn't count.
+    """
+    world = peer.world
+    limit = math.inf if peer.run.cut_off_after is None else peer.run.cut_off_after
+    end = world.now + seconds
+    since, jumped, handled = mark
+    if since + steps * limit + TOLERANCE < end:
+        while world.now < since + steps * limit + TOLERANCE + peer.run.seconds_handled() - handled:
+            peer.sleep(0.05)
+        peer.sleep(world.jumped - jumped)
         _check_cut_off(peer, handle)
-    peer.sleep(end - peer.world.now)
+    peer.sleep(end - world.now)
 
 
 def _check_cut_off(peer: Peer, handle: int) -> None:
     run = peer.run
     file = peer.process.handles.get(handle)
     is_kept = isinstance(file, File) and file.instance.server is not None
-    calm = not (run.stopping or run.killed or run.scheduler.interruptions)
-    calm = calm and run.scheduler.jumped < TOLERANCE
-    if is_kept and calm and not run.faulty():
+    if is_kept and run.is_calm(0.0) and not run.stopping:
         run.broken("silence", f"{peer.process.name} was not cut off in time")
 
 
@@ -129,9 +138,19 @@ def _instant(peer: Peer, draw: random.Random, request: Request) -> None:
 def _half(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if handle:
-        since = peer.world.now
+        mark = peer.mark()
         peer.write(handle, b'{"ID":"half')
-        _hold(peer, handle, draw.choice((0.0, 0.3, 3.0)), since, 2)
+        if draw.random() < 0.3:
+            # Somebody is told why nothing came of it.
+            told = peer.read(handle, 100)
+            since, jumped, handled = mark
+            took = peer.world.now - since - (peer.run.seconds_handled() - handled)
+            limit = (peer.run.cut_off_after or math.inf) + 0.06
+            calm = peer.run.is_calm(jumped) and not peer.run.stopping
+            if calm and (not told or took > limit + peer.world.jumped - jumped):
+                text = f"{peer.process.name} was told {told!r} after {took:.3f} s"
+                peer.run.broken("too late", text)
+        _hold(peer, handle, draw.choice((0.0, 0.3, 3.0)), mark, 2)
 
 
 def _garbage(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -165,8 +184,7 @@ def _ask_deafly(peer: Peer, handle: int, request: Request, seconds: float) -> No
     end = peer.world.now + seconds
     peer.sleep(min(seconds, 0.05))
     if request.handled:
-        since = request.handled[0] + request.seconds
-        _hold(peer, handle, max(0.0, end - peer.world.now), since, 1)
+        _hold(peer, handle, max(0.0, end - peer.world.now), peer.mark(), 1)
 
 
 def _leaver(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -184,8 +202,39 @@ def _slow(peer: Peer, draw: random.Random, request: Request) -> None:
     for byte in _message(request):
         if not peer.write(handle, bytes((byte,))):
             return
-    request.sent = peer.world.now
-    _take_answer(peer, handle, request, 1)
+    _take_answer(peer, handle, request, 1 if len(request.expected_bytes()) < 100 else 5000)
+
+
+def _punctual(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Ask at the last moment."""
+    handle = peer.open(1.0)
+    if handle:
+        limit = peer.run.cut_off_after or 1.0
+        peer.sleep(max(0.0, limit + draw.choice((-1e-3, -1e-4, 0.0, 1e-3, 5e-3)) * draw.random()))
+        if peer.write(handle, _message(request)):
+            _take_answer(peer, handle, request, 100)
+
+
+def _lingerer(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Take all of the answer, and don't close."""
+    handle = peer.open(1.0)
+    if handle and peer.write(handle, _message(request)):
+        _take_answer(peer, handle, request, 5000)
+        _hold(peer, handle, draw.choice((0.01, 0.5, 3.0)), peer.mark(), 1)
+
+
+def _stranger(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Somebody who may not open the pipe, or may not make an instance of it, tries."""
+    for _ in range(draw.randrange(1, 4)):
+        handle = peer.open(0.0, draw.choice((0xC0000000, 0x80000000, 0x40000000, 0)))
+        if handle and not peer.run.strangers_may_open:
+            peer.run.broken("access", f"a {peer.process.account} has opened the pipe")
+        if PIPE_KEY in peer.kernel.names:
+            create = peer.kernel.CreateNamedPipeW
+            if create(peer.process, PATH, 3, 4, 255, 0, 0, 0, None) < 2**31:
+                peer.run.broken("access", f"a {peer.process.account} has made an instance")
+        if handle:
+            peer.close(handle)
 
 
 def _flood(peer: Peer, draw: random.Random, request: Request) -> None:
@@ -193,7 +242,9 @@ def _flood(peer: Peer, draw: random.Random, request: Request) -> None:
     handle = peer.open(1.0)
     if not handle:
         return
-    if peer.write(handle, _message(request)):
+    request.goes_on = True
+    tail = b"x" * draw.choice((0, 5000, 20000))  # of the same message
+    if peer.write(handle, _message(request) + tail):
         for _ in range(3):
             if not peer.write(handle, b"x" * 5000):
                 break
@@ -210,7 +261,7 @@ def _take_answer(peer: Peer, handle: int, request: Request, size: int) -> None:
     if answer == b"\0OK\0":
         request.outcome = "success"
     elif answer:
-        request.outcome, request.message = "refused", answer.decode()
+        request.outcome, request.response = "refused", answer
     else:
         request.outcome = "unknown"
 
@@ -219,20 +270,28 @@ def _message(request: Request) -> bytes:
     return b'{"ID":"%s","Op":"sync"}\n' % request.id.encode()
 
 
-PEERS = [
-    _Plan("silent", _silent),
-    _Plan("instant", _instant),
-    _Plan("half", _half),
-    _Plan("garbage", _garbage),
-    _Plan("deaf", _deaf),
-    _Plan("leaver", _leaver),
-    _Plan("slow", _slow),
-    _Plan("flood", _flood),
-    _Plan("sleeper", _sleeper),
-]
+Behaviour = Callable[[Peer, random.Random, Request], None]
+_SILENT: list[Behaviour] = [_silent, _half, _sleeper]
+PEERS: list[Behaviour] = [*_SILENT, _instant, _garbage, _deaf, _leaver, _slow, _flood]
+PEERS += [_punctual, _lingerer, _stranger]
 
 
-_SILENT = [plan for plan in PEERS if plan.name in ("silent", "half", "sleeper")]
+def _add_peer(run: Run, number: int, behave: Behaviour, start: float) -> Request:
+    """Add a peer; it draws what it does from a seed of its own."""
+    name = behave.__name__.strip("_")
+    peer = Peer(run, f"{name}-{number}")
+    if behave is _stranger:
+        peer.process.account = run.random.choice(("user", "anonymous"))
+    seed = run.random.random()
+    request = run.new_request(f"r{number}")
+
+    def body() -> None:
+        if start:
+            peer.sleep(start)
+        behave(peer, random.Random(seed), request)
+
+    peer.start(body)
+    return request
 
 
 # ---- Servers on the bare kernel -----------------------------------------------------------------
@@ -244,6 +303,8 @@ class BadServer(Peer):
     def __init__(self, run: Run, name: str, behave: Callable[[BadServer, int], None]) -> None:
         super().__init__(run, name)
         self.behave = behave
+        # It reads as Go's json.Decoder does, to the closing brace; or a byte at a time, to the end.
+        self.by_bytes = run.random.random() < 0.2
         self.quotas = (0, 0)
         self.seconds = 0.0
 
@@ -260,132 +321,136 @@ class BadServer(Peer):
             self.close(handle)
 
     def take_request(self, handle: int) -> Any:
-        """Read one request to its end; return its place in the ledger, or None."""
-        received = b""
-        while b"}" not in received:
-            data = self.read(handle, 100)
+        """Read a request as the reference does; return its place in the ledger, or None."""
+        received, capacity = b"", 0
+        while (b"\n" if self.by_bytes else b"}") not in received:
+            if capacity - len(received) < 512:
+                capacity = 2 * capacity + 512
+            data = self.read(handle, 1 if self.by_bytes else capacity - len(received))
             if not data:
                 return None
             received += data
-        id_ = received.decode().split('"')[3]
-        return self.run.requests.get(id_)
-
-    def succeed(self, handle: int) -> None:
-        """Answer as the reference does, and wait until the client has gone."""
-        if self.write(handle, b"\0OK\0"):
-            self.call("FlushFileBuffers", handle)
-            self.write(handle, b"")
-            while self.read(handle, 100):
-                pass
+        return self.run.requests.get(received.decode().split('"')[3])
 
 
-def _good(server: BadServer, handle: int) -> None:
-    request = server.take_request(handle)
-    if request:
-        request.handled.append(server.world.now)
-        request.answer = "success"
-        server.sleep(server.seconds)
-        server.succeed(handle)
+class Reference(BadServer):
+    """A server like hcsshim's.
+
+    It has one client at a time. One more is connected and waits, and its request isn't read before
+    the first has closed. The buffers are 0.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        super().__init__(run, name, _blind)
+        self.line: list[int] = []
+        self.tasks: list[Task] = []
+
+    def accept(self) -> None:
+        """Let one client in after the other, as long as none is in line."""
+        self.tasks.append(self.world.current)
+        while True:
+            handle = self.call("CreateNamedPipeW", PATH, 3, 4, 255, 0, 0, 0, None)
+            self.call("ConnectNamedPipe", handle, None)
+            self.line.append(handle)
+            self._wait_while(lambda: bool(self.line))
+
+    def serve_all(self) -> None:
+        """Serve whoever is in line."""
+        self.tasks.append(self.world.spawn(self.process, "accepts", self.accept))
+        self.tasks.append(self.world.current)
+        while True:
+            self._wait_while(lambda: not self.line)
+            handle = self.line.pop()
+            self._wake()
+            self._serve(handle)
+            self.close(handle)
+
+    def _wait_while(self, is_so: Callable[[], bool]) -> None:
+        self._wake()
+        while is_so():
+            self.world.block(math.inf)
+
+    def _wake(self) -> None:
+        for task in self.tasks:
+            self.world.wake(task)
+
+    def _serve(self, handle: int) -> None:
+        request = self.take_request(handle)
+        if request is None:
+            return
+        if request.handled:
+            self.run.broken("once", f"{request.id} is carried out again")
+        request.handled.append(self.world.now)
+        self.sleep(request.seconds)
+        request.ended = self.world.now, self.world.jumped
+        if request.answer == "success":
+            if self.write(handle, b"\0OK\0"):
+                self.write(handle, b"")
+                while self.read(handle, 4096):
+                    pass
+        else:
+            self.write(handle, b"refused " + request.id.encode())
 
 
-def _refuse(server: BadServer, handle: int) -> None:
-    request = server.take_request(handle)
-    if request:
-        request.answer = "refuse"
-        request.handled.append(server.world.now)
-        server.write(handle, b"refused " + request.id.encode())
-        server.call("FlushFileBuffers", handle)
+def _follow(name: str) -> Callable[[BadServer, int], None]:
+    """Return what reads a request and goes through the steps of an answer."""
+    answer, steps = ANSWERS[name]
+
+    def behave(server: BadServer, handle: int) -> None:
+        request = server.take_request(handle)
+        if not request:
+            return
+        if answer:
+            request.answer = answer
+        if answer in ("success", "refuse"):
+            request.handled.append(server.world.now)
+        for step in steps:
+            if step == "wait":
+                server.sleep(server.seconds)
+            elif step == "read":
+                while server.read(handle, 100):
+                    pass
+            elif isinstance(step, str):
+                server.call(step, handle)
+            elif not server.write(handle, step.replace(b"ID", request.id.encode())):
+                break
+
+    behave.__name__ = name
+    return behave
+
+
+# What is in the ledger of it, and the steps. Bytes are written; `read` reads to the end.
+ANSWERS: dict[str, tuple[str, list[Any]]] = {
+    "good": ("success", ["wait", b"\0OK\0", "FlushFileBuffers", b"", "read"]),
+    "refuse": ("refuse", [b"refused ID", "FlushFileBuffers"]),
+    "drip": ("success", [b"\0", "wait", b"O", "wait", b"K", "wait", b"\0"]),
+    "tail": ("tail", [b"\0OK\0", b"x"]),
+    "truncate": ("truncate", [b"\0OK"]),
+    "empty": ("", ["wait"]),
+    "zero": ("", [b"", "wait"]),
+    "mute": ("", ["read"]),
+    "cut": ("", [b"refused", "DisconnectNamedPipe"]),
+    "keep": ("success", [b"\0OK\0", "read"]),  # never comes to the end
+}
 
 
 def _refuse_early(server: BadServer, handle: int) -> None:
     """Refuse before the request is read, where there is room for the text."""
     data = server.read(handle, 12)
     if len(data) == 12:
-        request = server.run.requests[data.decode().split('"')[3]]
+        id_ = data.decode().split('"')[3]  # perhaps not all of it
+        request = next(r for r in server.run.requests.values() if r.id.startswith(id_))
         request.answer = "refuse"
-        request.handled.append(server.world.now)
-        request.must_be_refused = server.quotas[0] > 0
-        server.write(handle, b"refused " + request.id.encode())
-
-
-def _drip(server: BadServer, handle: int) -> None:
-    request = server.take_request(handle)
-    if request:
-        request.answer = "success"
-        request.handled.append(server.world.now)
-        for byte in b"\0OK":
-            server.write(handle, bytes((byte,)))
-            server.sleep(server.seconds)
-        server.write(handle, b"\0")
-
-
-def _tail(server: BadServer, handle: int) -> None:
-    request = server.take_request(handle)
-    if request:
-        request.answer = "tail"
-        server.write(handle, b"\0OK\0")
-        server.write(handle, b"x")
-
-
-def _truncate(server: BadServer, handle: int) -> None:
-    request = server.take_request(handle)
-    if request:
-        request.answer = "truncate"
-        server.write(handle, b"\0OK")
-
-
-def _empty(server: BadServer, handle: int) -> None:
-    if server.take_request(handle):
-        server.sleep(server.seconds)
-
-
-def _zero(server: BadServer, handle: int) -> None:
-    if server.take_request(handle):
-        server.write(handle, b"")
-        server.sleep(server.seconds)
-
-
-def _mute(server: BadServer, handle: int) -> None:
-    if server.take_request(handle):
-        while server.read(handle, 100):
-            pass
+        text = b"refused " + request.id.encode()
+        request.must_be_refused = len(text) <= server.quotas[0]
+        server.write(handle, text)
 
 
 def _blind(server: BadServer, handle: int) -> None:
     server.sleep(3.0 + server.seconds)
 
 
-def _cut(server: BadServer, handle: int) -> None:
-    if server.take_request(handle):
-        server.write(handle, b"refused")
-        server.call("DisconnectNamedPipe", handle)
-
-
-def _keep(server: BadServer, handle: int) -> None:
-    """Succeed, but never come to the end."""
-    request = server.take_request(handle)
-    if request:
-        request.answer = "success"
-        request.handled.append(server.world.now)
-        server.write(handle, b"\0OK\0")
-        while server.read(handle, 100):
-            pass
-
-
-BAD_SERVERS: list[Callable[[BadServer, int], None]] = [
-    _good,
-    _refuse,
-    _refuse_early,
-    _drip,
-    _tail,
-    _truncate,
-    _empty,
-    _zero,
-    _mute,
-    _blind,
-    _cut,
-    _keep,
-]
+BAD_SERVERS = [*map(_follow, ANSWERS), _refuse_early, _blind]
 
 # ---- The scenarios ------------------------------------------------------------------------------
 
@@ -408,6 +473,28 @@ def exchange(run: Run) -> None:
     run.quiet = _is_quiet(run)
 
 
+_LENGTHS = (511, 512, 513, 1535, 1536, 1537, 3583, 3584, 3585, 7680)
+
+
+def in_line(run: Run) -> None:
+    """Vmshim's clients at a server like the reference's: one is served, one is in line."""
+    draw = run.random
+    run.bad_server = run.like_reference = True
+    server = Reference(run, "reference")
+    server.start(server.serve_all)
+    for number in range(draw.choice((1, 2, 2, 3, 4))):
+        _add_client(run, number, long_ids=True)
+    for request in run.requests.values():
+        request.timeout = draw.choice((0.0, 0.001, 0.01, 0.05, 0.1, 0.3, 5.0, None))
+        request.seconds = draw.choice((0.0, 0.01, 0.05, 0.1, 0.3))
+        request.answer = draw.choice(("success", "refuse"))
+        if request.fills_a_buffer() and request.timeout is None:
+            request.timeout = 5.0  # both wait for each other: for the newline, and for the response
+    _end_when_done(run, server.process)
+    _add_faults(run)
+    run.quiet = _is_quiet(run)
+
+
 def _end_when_done(run: Run, process: Process) -> None:
     """End a server's process when there are no clients any more."""
     clients = [task for task in run.scheduler.tasks if task.is_main]
@@ -420,28 +507,33 @@ def _end_when_done(run: Run, process: Process) -> None:
     run.scheduler.spawn(Process("watch"), "watch", watch)
 
 
+def _add_server(run: Run, **settings: Any) -> ServerProcess:
+    """Add a server that is told to stop when its clients have gone."""
+    server = ServerProcess(run, run.new_slot("server"))
+    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
+    vars(server).update(settings)
+    run.main(server.slot, server.main)
+    return server
+
+
 def calm(run: Run) -> None:
     """Nothing goes wrong, only the order is random: each request must be answered."""
     draw = run.random
-    slot = run.new_slot("server")
-    server = ServerProcess(run, slot)
-    server.request_timeout = draw.choice((None, 10.0))
-    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
-    run.main(slot, server.main)
+    _add_server(run, request_timeout=draw.choice((None, 0.5, 10.0)))
     for number in range(draw.randrange(2, 7)):
         _add_client(run, number, draw.choice((-1.0, 0.001, 0.001, 0.05)))
+    if draw.random() < 0.5:
+        _add_peer(run, 9, _slow, draw.choice((0.0, 0.001)))
     for request in run.requests.values():
-        request.connect_timeout = request.timeout = 10.0
+        request.connect_timeout = request.timeout = 20.0
+        if draw.random() < 0.2:
+            request.seconds = 0.7  # longer than a client has for a step
     run.must_answer = True
 
 
 def full(run: Run) -> None:
     """One request is handled and one waits: others see busy."""
-    slot = run.new_slot("server")
-    server = ServerProcess(run, slot)
-    server.max_clients = 64
-    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
-    run.main(slot, server.main)
+    _add_server(run, max_clients=64)
     for number in range(5):
         _add_client(run, number, 0.03 * (number + 1))
     for place, request in enumerate(run.requests.values()):
@@ -453,21 +545,78 @@ def full(run: Run) -> None:
 def silence(run: Run) -> None:
     """Silent clients delay an honest one by no more than 10 ms."""
     draw = run.random
-    slot = run.new_slot("server")
-    server = ServerProcess(run, slot)
-    server.request_timeout = draw.choice((None, 1.0, 1.0, 10.0))
-    server.max_clients = 64
-    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
-    run.main(slot, server.main)
+    _add_server(run, request_timeout=draw.choice((None, 1.0, 1.0, 10.0)), max_clients=64)
     for number in range(draw.randrange(2, 6)):
-        plan = draw.choice(_SILENT)
-        peer = Peer(run, f"{plan.name}-{number}")
-        peer.start(_peer_body(peer, plan, draw.random(), run.new_request(f"r{number}"), 0.001))
+        _add_peer(run, number, draw.choice(_SILENT), 0.001)
     _add_client(run, 0)
     for request in run.requests.values():
         request.connect_timeout = request.timeout = 5.0
         request.seconds, request.answer = 0.0, "success"
     run.honest_limit = 0.010
+
+
+_LOWER_LIMIT = 1 << 14
+
+
+def hoard(run: Run) -> None:
+    """Clients send as much as they can: what the server holds is bounded, and they are told."""
+    draw = run.random
+    server = _add_server(run, request_timeout=1.0, max_clients=draw.choice((1, 2, 5)))
+    module = server.slot.module.__dict__
+    module["MAX_REQUEST"] = _LOWER_LIMIT  # or a run would take long
+    for number in range(draw.randrange(1, 6)):
+        _add_peer(run, number, _hoarder, 0.001)
+    _add_client(run, 0)
+    for request in run.requests.values():
+        request.answer = "success"
+    allowed = (server.max_clients + 1) * (_LOWER_LIMIT + 4 * 4096)
+
+    def weigh() -> None:
+        while any(not task.ended for task in run.peers):
+            held = _weigh([server.server, module["_under_way"]])
+            if held > allowed:
+                run.broken("bound", f"the server holds {held} bytes, not {allowed}")
+            run.scheduler.sleep(0.001)
+
+    run.scheduler.spawn(Process("watch"), "watch", weigh)
+
+
+def _hoarder(peer: Peer, draw: random.Random, request: Request) -> None:
+    """Send a request without an end, and see what comes of it."""
+    handle = peer.open(3.0)
+    if not handle:
+        return
+    began, busy, jumped = peer.world.now, peer.run.seconds_handled(), peer.world.jumped
+    count = draw.choice((0, 1, 3, 9))
+    size = draw.choice((1000, 5000, _LOWER_LIMIT // 2 + 50))
+    pieces = [b"a" * size] * ((_LOWER_LIMIT - 99) // size + count * _LOWER_LIMIT // size)
+    pieces = [b"".join(pieces)] if draw.random() < 0.3 else pieces
+    for piece in [b'{"ID":"', *pieces]:
+        if not peer.write(handle, piece):
+            break
+    if not count:  # not too long: it holds what it may
+        peer.sleep(draw.choice((0.1, 2.0)))
+        return
+    answer = peer.read(handle, 100)
+    took = peer.world.now - began - (peer.run.seconds_handled() - busy)
+    if (
+        not answer.startswith(b"the request is longer than")
+        or took > 0.5 + peer.world.jumped - jumped
+    ):
+        peer.run.broken("told", f"{request} was told {answer!r} of its length after {took:.3f} s")
+
+
+def _weigh(held: list[Any]) -> int:
+    """Return how many bytes of data these objects of vmshim's hold."""
+    seen: dict[int, Any] = {}
+    while held:
+        each = held.pop()
+        is_ours = type(each).__module__ == "vmshim" or isinstance(each, (dict, list, tuple))
+        if id(each) not in seen and (is_ours or isinstance(each, (bytes, bytearray, ctypes.Array))):
+            seen[id(each)] = each
+            held.extend(gc.get_referents(each) if is_ours else ())
+    data = (each for each in seen.values() if isinstance(each, (bytes, bytearray, ctypes.Array)))
+    return sum(sys.getsizeof(each) for each in data)
 
 
 class Plumbing:
@@ -483,14 +632,9 @@ class Plumbing:
         self.written = [bytes((97 + n,)) * draw.randrange(1, 9) for n in range(3)]
         self.peer_reads = draw.choice((0, 1, 3, 100))
         self.peer_waits = draw.choice((0.0, 0.0, 0.05, 0.3, 3.0))
-        ends = ("close", "cancel", "deadline", "close_write", "close_write under close")
-        self.ends_by = draw.choice(ends)
+        self.ends_by = draw.choice(("close", "deadline"))
         self.deadline = draw.choice((0.0, 0.05, 0.3, None))
         self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
-        if self.ends_by == "close_write under close":
-            # What is written fits, but is not read: the flush can only be cancelled.
-            self.peer.quotas = (0, 4096)
-            self.peer_reads, self.peer_waits = 0, 3.0
         self.received = b""
         self.arrived = b""
         self.threads: list[Task] = []
@@ -523,26 +667,10 @@ class Plumbing:
             self._start(pipe.read, 3)
             self._start_writing(pipe)
             self.run.scheduler.sleep(self.pause)
-            if self.ends_by == "cancel":
-                pipe.cancel()
-            elif self.ends_by == "close_write":
-                pipe.deadline = self.run.scheduler.now + 0.5
-                pipe.close_write()
-            elif self.ends_by == "close_write under close":
-                self._spawn(pipe.close_write)
-                self.run.scheduler.sleep(self.pause)
-        except KeyboardInterrupt:
-            pass
-        except module["VMShimError"] as error:
-            self.run.check_error(error)
-        except ValueError as error:
-            if "closed" not in str(error):
-                self.run.broken("exception", f"a pipe's user got {error!r}")
-        except GreenletExit:
-            raise
-        except BaseException as error:
-            if not (isinstance(error, RuntimeError) and self.slot.faulty):
-                self.run.broken("exception", f"a pipe's user got {error!r}")
+            if self.ends_by == "deadline":
+                pipe.deadline = self.run.scheduler.now
+        except (Exception, KeyboardInterrupt) as error:
+            self._check_error(error)
         self._close(pipe)
         self._check(pipe)
         self.run.kernel.end_process(self.slot.process)
@@ -581,6 +709,14 @@ class Plumbing:
         if not whole.startswith(self.arrived):
             self.run.broken("data", f"{self.arrived!r} arrived of {whole!r}")
 
+    def _check_error(self, error: BaseException) -> None:
+        if isinstance(error, self.slot.module.__dict__["VMShimError"]):
+            self.run.check_error(error)
+            return
+        is_closed = isinstance(error, ValueError) and "closed" in str(error)
+        if not (is_closed or isinstance(error, KeyboardInterrupt)):
+            self.run.broken("exception", f"a pipe's user got {error!r}")
+
     def _start(self, read: Any, size: int) -> None:
         def body() -> None:
             while True:
@@ -599,19 +735,11 @@ class Plumbing:
         self._spawn(body)
 
     def _spawn(self, body: Callable[[], None]) -> None:
-        module = self.slot.module.__dict__
-
         def guarded() -> None:
             try:
                 body()
-            except module["VMShimError"] as error:
-                self.run.check_error(error)
-            except ValueError as error:
-                if "closed" not in str(error):
-                    self.run.broken("exception", f"a pipe's user got {error!r}")
-            except RuntimeError as error:
-                if not self.slot.faulty:
-                    self.run.broken("exception", f"a pipe's user got {error!r}")
+            except Exception as error:
+                self._check_error(error)
 
         self.threads.append(start_thread(self.run.kernel, self.slot.process, "thread", guarded))
 
@@ -624,7 +752,7 @@ def plumbing(run: Run) -> None:
 
     def main() -> None:
         give_up = run.scheduler.now + 0.1
-        while "VMSHIM-SIMULATED" not in run.kernel.names and run.scheduler.now < give_up:
+        while PIPE_KEY not in run.kernel.names and run.scheduler.now < give_up:
             run.scheduler.sleep(0.001)
         user.main()
 
@@ -636,11 +764,7 @@ def plumbing(run: Run) -> None:
 def rivals(run: Run) -> None:
     """Two servers want the same name: Windows lets the first have it."""
     draw = run.random
-    slot = run.new_slot("server")
-    server = ServerProcess(run, slot)
-    server.stop_by, server.stop_when, server.serve_twice = "shutdown", "idle", False
-    server.has_rival = True
-    run.main(slot, server.main)
+    server = _add_server(run, has_rival=True)
     other = run.new_slot("rival")
     start = draw.choice((0.0, 0.0, 0.001, 0.1))
 
@@ -679,11 +803,7 @@ def service(run: Run) -> None:
         if number < honest:
             _add_client(run, number)
         else:
-            plan = draw.choice(PEERS)
-            peer = Peer(run, f"{plan.name}-{number}")
-            request = run.new_request(f"r{number}")
-            start = draw.choice((0.0, 0.0, 0.001, 0.02, 0.3))
-            peer.start(_peer_body(peer, plan, draw.random(), request, start))
+            _add_peer(run, number, draw.choice(PEERS), draw.choice((0.0, 0.0, 0.001, 0.02, 0.3)))
     if draw.random() < 0.05:
         draw.choice([*run.requests.values()]).answer = "exit"
     _add_faults(run)
@@ -696,29 +816,29 @@ def _is_quiet(run: Run) -> bool:
     return not run.scheduler.actions and not run.faulty() and not interrupted
 
 
-def _peer_body(
-    peer: Peer, plan: _Plan, seed: float, request: Request, start: float
-) -> Callable[[], None]:
-    def body() -> None:
-        if start:
-            peer.sleep(start)
-        plan.behave(peer, random.Random(seed), request)
-
-    return body
-
-
-def _add_client(run: Run, number: int, start: float | None = None) -> None:
+def _add_client(
+    run: Run, number: int, start: float | None = None, *, long_ids: bool = False
+) -> None:
     """Add a client; without a start it is drawn, and if that is below 0 it is as soon as can be."""
     draw = run.random
     slot = run.new_slot(f"client-{number}")
     turns = 1 if start is not None and start > 0 else draw.choice((1, 1, 2))
-    requests = [run.new_request(f"c{number}.{turn}") for turn in range(turns)]
+    requests = []
+    for turn in range(turns):
+        length = 0
+        if long_ids or draw.random() < 0.1:
+            length = draw.choice(
+                (*_LENGTHS, *_LENGTHS, 0, 0, draw.randrange(9000), 4095, 4096, 4097)
+            )
+        id_ = f"c{number}.{turn}"
+        # The object is 23 bytes longer.
+        requests.append(run.new_request(id_.ljust(length - 23, "x")))
     seconds = draw.choice((0.0, 0.0, 0.0, 0.001, 0.01, 0.1)) if start is None else start
 
     def main() -> None:
         if seconds > 0:
             run.scheduler.sleep(seconds)
-        while seconds < 0 and "VMSHIM-SIMULATED" not in run.kernel.names:
+        while seconds < 0 and PIPE_KEY not in run.kernel.names:
             run.scheduler.sleep(STEP)
         for request in requests:
             run.issue(slot, request)
@@ -733,9 +853,9 @@ def _ignore(process: Process, instance: Instance) -> None:
     """Nobody counts the clients any more."""
 
 
-_SERVING = frozenset(("serve_forever", "run_handler", "_get", "_call_handler", "_wake"))
+_SERVING = frozenset(("serve_forever", "_serve"))
 # Where a Ctrl-C, mostly the second, may leave something for close() to do.
-_CLEANING_UP = frozenset(("join", "leave_handler", "stop", "shutdown", "close", "__exit__"))
+_CLEANING_UP = frozenset(("_end", "drop", "shutdown", "close", "__exit__"))
 
 
 class ServerProcess:
@@ -750,9 +870,17 @@ class ServerProcess:
         self.stop_by = draw.choice(("shutdown", "close", "two", "handler", "interrupt"))
         self.stop_when = draw.choice(("idle", "idle", "idle", "early", "soon"))
         self.serve_twice = draw.random() < 0.2
+        self.security: str | None = None
+        if draw.random() < 0.1:
+            self.security = "D:P(A;;GA;;;BA)(A;;0x12019b;;;BU)(A;;GR;;;AN)"
+            run.strangers_may_open = True
         self.server: Any = None
         self.has_rival = False
         self.early = 0
+        self.opened = 0  # how many clients have come
+        self.stops_begun = 0
+        self.served = 0  # how many runs there were
+        self.is_serving = False
         self.admins: list[Task] = []
 
     def main(self) -> None:
@@ -760,22 +888,11 @@ class ServerProcess:
         self.run.cut_off_after = self.request_timeout
         try:
             self._serve(module)
-        except KeyboardInterrupt:
-            self._close()
-        except module["PipeOpenError"] as error:
-            lost = self.has_rival and isinstance(error, module["PipeAccessError"])
-            if not self.slot.faulty and not lost:
+        except GreenletExit:
+            raise
+        except BaseException as error:
+            if not self._may_end_with(error, module):
                 self.run.broken("exception", f"the server got {error!r}")
-            self._close()
-        except ValueError as error:
-            if self.server is None or not self.server._closed:
-                self.run.broken("exception", f"the server got {error!r}")
-            self._close()
-        except (RuntimeError, OSError) as error:
-            if not self.slot.faulty:
-                self.run.broken("exception", f"the server got {error!r}")
-            self._close()
-        except SystemExit:
             self._close()
         self.server = None
         for task in self.admins:
@@ -785,6 +902,15 @@ class ServerProcess:
         if not self.slot.faulty and not self.has_rival:
             self._begin_again(module)
         self.run.kernel.end_process(self.slot.process)
+
+    def _may_end_with(self, error: BaseException, module: dict[str, Any]) -> bool:
+        if isinstance(error, module["PipeAccessError"]) and self.has_rival:
+            return True
+        if isinstance(error, ValueError):
+            return self.server is not None and self.server._is_closed
+        if isinstance(error, (RuntimeError, OSError)):
+            return bool(self.slot.faulty)
+        return isinstance(error, (KeyboardInterrupt, SystemExit))
 
     def _begin_again(self, module: dict[str, Any]) -> None:
         """The name is free for the next server."""
@@ -802,31 +928,49 @@ class ServerProcess:
             self._handler,
             request_timeout=self.request_timeout,
             max_clients=self.max_clients,
+            security_descriptor=self.security,
         )
         self._start_admin(self._admin)
         self.early = self._count_clients()
         self.run.kernel.on_open = self._somebody_opens
         with self.server:
             try:
-                self.server.serve_forever()
+                self._serve_once()
             except KeyboardInterrupt as error:
                 self._check_interrupted(error)
                 raise
             self._check_threads()
-            if self.server._closed and "VMSHIM-SIMULATED" in self.run.kernel.names:
+            if self.server._is_closed and PIPE_KEY in self.run.kernel.names:
                 self.run.broken("name", "a server that is closed still has its name")
-            if self.serve_twice and not self.server._closed:
-                self.server.serve_forever()
+            if self.serve_twice and not self.server._is_closed:
+                self._serve_again()
+
+    def _serve_once(self) -> None:
+        self.served += 1
+        self.is_serving = True
+        try:
+            self.server.serve_forever()
+        finally:
+            self.is_serving = False
+
+    def _serve_again(self) -> None:
+        """The one call that has ended the first run doesn't end the next."""
+        calls = self.stops_begun
+        self.run.scheduler.sleep(self.run.random.choice((0.0, 0.0, 0.05)))
+        self._serve_once()
+        if calls == self.stops_begun == 1:
+            self.run.broken("stop", "serve_forever() has ended, and nobody had asked for it")
 
     def _count_clients(self) -> int:
         """Return how many clients of other processes are connected."""
-        name = self.run.kernel.names.get("VMSHIM-SIMULATED")
+        name = self.run.kernel.names.get(PIPE_KEY)
         states = [i.state for i in name.instances] if name else []
         return states.count(CONNECTED)
 
     def _somebody_opens(self, process: Process, instance: Instance) -> None:
         if process is self.slot.process or self.slot.process.dead:
             return
+        self.opened += 1
         count = self._count_clients()
         if count > self.max_clients + self.early:
             self.run.broken("bound", f"{count} clients at a time, not {self.max_clients}")
@@ -859,6 +1003,7 @@ class ServerProcess:
         if self.stop_by == "handler" and self.run.random.random() < 0.3:
             self.run.stopping = True
             self.run.requests[request.id].must_be_answered = True
+            self.stops_begun += 1
             self.server.close()
         self.run.handle(self.slot, request)
 
@@ -902,16 +1047,32 @@ class ServerProcess:
 
     def _stop_once(self) -> None:
         self.run.stopping = True
-        server = self.server
         if self.stop_by == "two":
-            self._start_admin(server.shutdown)
-        began = self.run.scheduler.now
-        jumped = self.run.scheduler.jumped
+            self._start_admin(self._call_shutdown)
+        self._call_shutdown()
+
+    def _call_shutdown(self) -> None:
+        scheduler = self.run.scheduler
+        began, jumped = scheduler.now, scheduler.jumped
+        server = self.server
+        if server is None:
+            return
+        opened, idle = self.opened, not (self._count_clients() or self.run.handling)
+        self.stops_begun += 1
+        served = self.served if self.is_serving else 0
         if self.stop_by == "close":
             server.close()
         else:
             server.shutdown()
         self._check_time("shutdown()", began, jumped)
+        took = scheduler.now - began - (scheduler.jumped - jumped)
+        scheduler.sleep(0.002)
+        if served == self.served and self.is_serving:
+            self.run.broken("stop", "shutdown() has returned before serve_forever()")
+        main = scheduler.tasks[0]
+        calm = not (main.interruptions or main.interrupts or self.slot.faulty)
+        if idle and opened == self.opened and calm and took > IDLE_STOP_SECONDS:
+            self.run.broken("timeout", f"an idle server took {took:.3f} s to stop")
 
     def _check_time(self, what: str, began: float, jumped: float) -> None:
         took = self.run.scheduler.now - began - (self.run.scheduler.jumped - jumped)
@@ -921,7 +1082,7 @@ class ServerProcess:
     def _check(self) -> None:
         self.run.check_clean(self.slot, "after the server's end")
         for line in self.slot.logged:
-            if "given up" in line or (line.startswith("error") and not self._may_log(line)):
+            if line.startswith("error") and not self._may_log(line):
                 self.run.broken("exception", f"the server logged {line}")
 
     def _may_log(self, line: str) -> bool:
@@ -984,12 +1145,14 @@ FAULTS = {
 
 
 SCENARIOS: list[tuple[float, Callable[[Run], None]]] = [
-    (0.60, service),
-    (0.70, calm),
+    (0.45, service),
+    (0.55, calm),
+    (0.75, in_line),
     (0.85, exchange),
     (0.95, plumbing),
     (0.975, silence),
     (0.985, full),
+    (0.99, hoard),
     (1.00, rivals),
 ]
 

@@ -1,7 +1,7 @@
 """Who goes on, and when: one thing runs at a time, a seed decides which, and time is virtual.
 
 Each simulated thread is a greenlet. It gives way at switch points only: the calls into the kernel,
-queues, locks, sleeps, the starts and ends of threads, and in the deep mode each bytecode of
+sleeps, the starts and ends of threads, and in the deep mode each bytecode of
 vmshim.py. All that a run decides (who is next, what fails, what is late) goes through one
 `Decisions` object, which remembers it, so a run can be repeated with fewer of them.
 
@@ -44,6 +44,9 @@ class Task:
         self.points = 0  # how often it could have been interrupted
         self.interrupts: list[int] = []  # at which of those it is, in order
         self.interrupted_at = 0.0
+        self.interruptions = 0
+        self.interrupted_in = ""
+        self.waited_at = 0.0  # when its last wait for a signal ended
         self.greenlet: Any = None
 
     def __repr__(self) -> str:
@@ -162,11 +165,12 @@ class Scheduler:
         self.timers: list[tuple[float, int, Any, int]] = []
         self.serial = 0
         self.steps = 0
+        self.looks = 0
         self.violations: list[str] = []
         self.keep_history = keep_history
         self.history: list[tuple[float, str, str]] = []
         self.jumped = 0.0  # virtual time that faults have taken
-        self.interruptions = 0
+        self.jumped_at = 0.0
         self.bytecodes = 0  # counted downwards, so that they can't be taken for steps
         self.trace_again: Callable[[], None] | None = None
         self.max_steps = MAX_STEPS
@@ -242,14 +246,16 @@ class Scheduler:
 
     def interrupted(self, task: Task, what: str) -> None:
         """Take note of a Ctrl-C."""
-        self.interruptions += 1
         task.interrupted_at = self.now
+        task.interruptions += 1
+        task.interrupted_in = what
         self.note(f"*** Ctrl-C at: {what}")
 
     def jump(self, seconds: float) -> None:
         """Move the clock forward, as when the machine has slept."""
         self.now += seconds
         self.jumped += seconds
+        self.jumped_at = self.now
         self.note(f"*** the clock jumps by {seconds:.3f} s")
 
     # Threads.
@@ -296,6 +302,7 @@ class Scheduler:
         if self.ending or task is None:
             raise GreenletExit
         self.steps += 1
+        self.looks = 0
         self.now += STEP
         if self.trace_again:
             self.trace_again()
@@ -311,6 +318,13 @@ class Scheduler:
             chosen = self.decisions.pick(self.runnable, task, self.steps)
             if chosen is not task:
                 self._switch(chosen)
+
+    def look_at_clock(self) -> None:
+        """Whoever looks again and again without a switch point would never come to an end."""
+        self.looks += 1
+        if self.looks > MAX_STEPS and not self.ending:
+            self.broken("livelock", f"the clock is looked at {self.looks} times in a row")
+            self._stop()
 
     def bytecode(self, rate: float) -> None:
         """Perhaps let another thread go on, between two bytecodes of the current one."""

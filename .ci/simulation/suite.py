@@ -31,6 +31,7 @@ def run_suite(path: str, only: str) -> int:
     scheduler.max_steps = 10**9
     scheduler.max_seconds = 10**6
     kernel = Kernel(scheduler, reuse_handles=True)
+    kernel.judges_waits = False  # a test may replace what makes a wait sensible
     slot.begin(scheduler, kernel, Process("tests"))
     slot.set_real_logging()
     slot.module.__dict__["__file__"] = path
