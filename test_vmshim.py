@@ -1693,7 +1693,7 @@ class DialTest(PipeCase):
         pauses = [call[0][0] for call in sleep.call_args_list]
         self.assertIn(wait.call_count - len(pauses), (0, 1))
         self.assertGreater(len(set(pauses)), 2)
-        self.assertLess(max(pauses), 0.033)
+        self.assertLess(max(pauses), 0.066)
 
     def test_wait_is_never_for_0_which_is_the_default_of_the_server(self) -> None:
         self.make_busy()
@@ -2135,7 +2135,7 @@ class ContainerTest(RegistryCase):
             with mock.patch.object(winreg, function, side_effect=denied):
                 error = self.caught(RegistryError, call)
             self.assertIsInstance(error, NotSentError)
-            self.assertEqual(error.filename, f"HKEY_LOCAL_MACHINE\\{self.root_key}{key}")
+            self.assertEqual(error.filename, f"HKLM\\{self.root_key}{key}")
             self.assertEqual((error.errno, error.winerror), (errno.EACCES, 5))
 
 
@@ -2297,7 +2297,7 @@ class CommandLineOnContainersTest(RegistryCase, ServerCase):
                 _, request = shim.stderr.read().splitlines()
                 self.assertEqual(request, b"create c")
             else:
-                self.assertRegex(out, b"^the .* on stdin must be an object$")
+                self.assertEqual(out.strip(), b"the options on stdin must be an object")
                 self.assertEqual(shim.wait(LONG), 2)
 
     def test_quick_start_of_the_readme_works(self) -> None:

@@ -932,7 +932,7 @@ def dial_pipe(
             if was_offered:
                 # A new instance wakes all who wait, and another client took it. Stand back for a
                 # random while: where all rush at each instance, 16 get a third as much done.
-                time.sleep(min(os.urandom(1)[0] / 8000, seconds))
+                time.sleep(min(os.urandom(1)[0] / 4000, seconds))
             was_offered = not was_offered and _wait_for_instance(path, seconds)
         pipe.deadline = _deadline(timeout)
         return pipe
@@ -975,7 +975,7 @@ def issue_vm_request(
     """
     if not isinstance(request, VMRequest):
         kind = f"{type(request).__module__}.{type(request).__qualname__}"
-        raise TypeError(f"request must be a {__name__}.VMRequest, not {kind}")
+        raise TypeError(f"request must be a VMRequest of this {__name__}, not a {kind}")
     request.check()
     _check_max_response(max_response)
     began = time.monotonic()
@@ -1085,9 +1085,10 @@ class ContainerState(NamedTuple):
         """Return the state as compact JSON, byte for byte as the reference writes it.
 
         Raises ValueError for a `created` that is naive or whose offset isn't a number of minutes,
-        a `created_nanosecond` that isn't from 0 to 999, or a lone surrogate.
+        a `created_nanosecond` that isn't from 0 to 999, a pid of no 64 bits, or a lone surrogate.
         """
         members = dict(zip(_STATE_FIELDS, self))
+        members["pid"] = _typed("pid", self.init_process_pid, int)
         members["created"] = _go_time(self.created, self.created_nanosecond)
         members["annotations"] = dict(sorted(self.annotations.items()))
         if not self.annotations:
@@ -1325,14 +1326,15 @@ def _read_key(root: str, name: str, read: Callable[[Any, Any], Any]) -> Any:
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path, 0, access) as key:
             return read(winreg, key)
     except OSError as error:
-        winerror = getattr(error, "winerror", 0)
+        winerror = getattr(error, "winerror", 0) or 0
         # The second if the key has been deleted since it was opened. No key has a longer name.
         is_gone = winerror in (ERROR_FILE_NOT_FOUND, ERROR_KEY_DELETED)
         if is_gone or max(map(len, path.split("\\"))) > 255:
             return None
-        text = f"can't be read ({error.strerror}); run this as an elevated administrator"
-        number = error.errno or errno.EIO
-        raise RegistryError(number, text, f"HKEY_LOCAL_MACHINE\\{path}", winerror or 0) from None
+        text = f"can't be read ({error.strerror})"
+        if winerror == ERROR_ACCESS_DENIED:
+            text += "; run this as an elevated administrator"
+        raise RegistryError(error.errno or 0, text, f"HKLM\\{path}", winerror) from None
 
 
 def _stored_values(winreg: Any, key: Any) -> tuple[Any, Any]:
@@ -1431,7 +1433,6 @@ _COURTESY = 0.01
 _STOP_GRACE = 0.5
 """How long a server that stops gives its clients to take their responses, in seconds."""
 _STOPPED = b"the VM shim stopped before it had carried the request out"
-_TOO_LONG = b"the request is longer than %d bytes" % MAX_REQUEST
 
 
 class VMShimServer:
@@ -1855,7 +1856,7 @@ class _Client:
             # A message of length zero is the end of what the client sends.
             is_complete = self._object_end.send(piece) or not piece
             if len(self.received) > MAX_REQUEST:
-                self.respond(_TOO_LONG)
+                self.respond(b"the request is longer than %d bytes" % MAX_REQUEST)
             elif is_complete and read.error() != ERROR_MORE_DATA:  # the client's write has ended
                 self.step = "wait"
                 self.deadline = math.inf
@@ -1969,11 +1970,10 @@ def _print(text: str, name: str = "stdout", *, is_for_terminal: bool = False) ->
     try:
         if is_for_terminal and not getattr(stream, "isatty", bool)():
             return
-        # A console or a file may not know every character. A second time would make utf-8-sig
-        # write its mark again.
-        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
-            stream.reconfigure(errors="backslashreplace")
-        stream.write("".join(f"{_printable(line)}\n" for line in text.split("\n")))
+        lines = "".join(f"{_printable(line)}\n" for line in text.split("\n"))
+        # A console or a file may not know every character.
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(lines.encode(encoding, "backslashreplace").decode(encoding))
         getattr(stream, "flush", bool)()
     except Exception:
         # Python would try to flush it again at its end, and change the exit status.
@@ -2093,7 +2093,7 @@ def _run_serve(options: argparse.Namespace) -> None:
             # sys.stdout.close() would leave the handle open, and the parent waiting for its end.
             os.close(1)
             sys.stdout = sys.stderr
-        _print(f"serving {server.pipe_path} until Ctrl-C", "stderr")
+        _print(_printable(f"serving {server.pipe_path} until Ctrl-C"), "stderr")
         server.serve_forever()
 
 
@@ -2211,7 +2211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure: BaseException = error
     _print_failure(failure)
     if "--handshake" in words and sys.stdout not in (None, sys.stderr):
-        os.write(1, _describe(failure).encode())  # a launched shim tells its parent, too
+        _print(_describe(failure))  # a launched shim tells its parent, too
     elif "--json" in words or "--json-lines" in words:
         op = words[0] if words[0] in _COMMANDS else None
         _print_json(failure, 0.0, id=None, op=op, pipe=None)
