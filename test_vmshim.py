@@ -28,6 +28,7 @@ import errno
 import faulthandler
 import functools
 import gc
+import importlib.util
 import inspect
 import io
 import itertools
@@ -43,10 +44,11 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import uuid
 from ctypes.wintypes import BOOL, DWORD, HANDLE, LPCWSTR, LPDWORD, LPVOID
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any, Callable, ContextManager, Iterator, NamedTuple, TypeVar
 from unittest import mock
 
@@ -305,6 +307,30 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
+def another_copy(name: str) -> Any:
+    """Load vmshim.py once more, as another module."""
+    spec = importlib.util.spec_from_file_location(name, vmshim.__file__)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {name: module}):
+        spec.loader.exec_module(module)
+    return module
+
+
+def broken_logging() -> dict[str, ContextManager[Any]]:
+    """Return what breaks logging, by its name."""
+    fail = mock.Mock(side_effect=ZeroDivisionError("disk full"))
+    in_place = functools.partial(mock.patch.dict, sys.modules)
+    return {
+        "blocked": in_place(logging=None),
+        "somebody's own": in_place(logging=types.ModuleType("logging")),
+        "no traceback": in_place(logging=None, traceback=None),
+        "a logger class that raises": mock.patch.object(logging, "getLogger", fail),
+        "a filter that raises": mock.patch.object(logging.Logger, "isEnabledFor", fail),
+        "a handler that raises": mock.patch.object(logging.Logger, "handle", fail),
+    }
+
+
 class Case(unittest.TestCase):
     def caught(
         self, kind: type[Error], call: Callable[..., object], *arguments: Any, **options: Any
@@ -319,6 +345,17 @@ class Case(unittest.TestCase):
         result = manager.__enter__()
         self.addCleanup(manager.__exit__, None, None, None)
         return result
+
+    def with_broken_logging(self, call: Callable[[io.StringIO], object]) -> None:
+        """Call something for each way in which logging can be broken, with what stderr gets."""
+        # The usual hook of a program that logs: it would meet the same handler.
+        self.enter(mock.patch.object(sys, "excepthook", lambda *_: logging.error("uncaught")))
+        logger = logging.getLogger("vmshim")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.DEBUG)
+        for name, broken in broken_logging().items():
+            with self.subTest(name), broken, contextlib.redirect_stderr(io.StringIO()) as err:
+                call(err)
 
     def skip_unless_denied(self, call: Step, reason: str) -> None:
         """Skip the test where access is not denied to what Windows denies it to."""
@@ -737,16 +774,26 @@ class BadInputTest(Case):
     def test_argument_of_a_wrong_type_is_refused(self) -> None:
         wrong: Any = b"bytes"
         path = new_pipe_path()
-        for call in (
+        calls: list[Step] = [
             lambda: dial_pipe(wrong),
             lambda: safe_pipe_path(wrong),
             lambda: vm_pipe_path(wrong),
             lambda: shim_pipe_path(wrong),
             lambda: issue_vm_request(path, VMRequest(wrong, "create")),
-        ):
+            lambda: issue_vm_request(path, VMRequest("a", wrong)),
+        ]
+        if hasattr(vmshim, "Container"):
+            calls += [lambda: read_container(wrong), lambda: list_containers(root=wrong)]
+        for call in calls:
             with self.assertRaisesRegex(TypeError, "must be a str, not bytes"):
                 call()
         self.caught(TypeError, issue_vm_request, path, ("a", "create"))
+
+    def test_argument_of_a_wrong_type_is_refused_where_python_allows_no_comparison(self) -> None:
+        test = f"{type(self).__name__}.test_argument_of_a_wrong_type_is_refused"
+        with start_process("-bb", __file__, test) as process:
+            _, err = process.communicate(timeout=LONG)
+        self.assertEqual(process.returncode, 0, err)
 
     @needs_state
     def test_empty_id_or_root_is_refused(self) -> None:
@@ -864,6 +911,7 @@ class ErrorsTest(Case):
     def test_every_error_survives_pickling_and_copying(self) -> None:
         names = "args", "errno", "strerror", "filename", "winerror", "__dict__"
         for error in errors_of_all_kinds():
+            error.__dict__.update(extra=1, __notes__=["as error.add_note() leaves them"])
             for other in copies_of(error):
                 with self.subTest(error=error):
                     self.assertIs(type(other), type(error))
@@ -873,6 +921,7 @@ class ErrorsTest(Case):
 
     def test_repr_of_an_error_reads_well(self) -> None:
         self.assertEqual(repr(NotSentError("x")), "NotSentError('x')")
+        self.assertEqual(str(ShimError(KeyError(7))), "7")
         self.assertEqual(repr(ShimError("x", b"x")), "ShimError('x', b'x', None)")
         self.assertRegex(repr(win32_errors()[0]), r"^PipeNotFoundError\(2, 'no shim ")
 
@@ -967,6 +1016,23 @@ class RequestTest(Case):
             with self.subTest(wire=wire[:60]), self.assertRaises(ValueError):
                 VMRequest.from_json(wire)
 
+    def test_no_nesting_overflows_a_small_stack(self) -> None:
+        code = """
+import threading
+def read():
+    for depth in 31, 32, 960, 9999:
+        try:
+            vmshim.VMRequest.from_json('{"x":' + "[" * depth + "]" * depth + "}")
+            print(depth)
+        except ValueError:
+            pass
+threading.stack_size(65536)
+thread = threading.Thread(target=read)
+thread.start()
+thread.join()
+"""
+        self.assertEqual(python_says(code)[:2], (0, b"31" + os.linesep.encode()))
+
     def test_op_may_be_given_as_its_wire_text_and_is_read_as_the_member(self) -> None:
         self.assertEqual(
             [op.value for op in VMRequestOp], ["create", "sync", "unmount", "unmount-disk"]
@@ -1034,12 +1100,22 @@ NOT_TIMES = [
     *("2019-05-01T01:02:03.Z", "2019-05-01T01:02:03Z\\n", "2019-05-01T01:02:03+1:00"),
     *("2019-05-01T01:02:0\u0663Z", "2020-01-02T03:04:05+24:00", "2020-01-02T03:04:05+23:60"),
 ]
+PARIS = timezone(timedelta(minutes=9, seconds=21))  # until 1911
 NO_STATES = [
     *(f'{{"created":"{text}"}}' for text in NOT_TIMES),
     *('{"\u017ftatus":5}', '{"created":5}', '{"pid":"5"}', '{"pid":1.0}', '{"pid":true}', "[]"),
     *('{"pid":9223372036854775808}', '{"pid":' + "9" * 100_000 + "}", '{"id":7}', "{} {}", ""),
     *('{"annotations":{"a":1}}', '{"annotations":["a"]}'),
 ]
+
+
+class NoOffset(tzinfo):
+    """What makes a datetime as naive as no tzinfo does."""
+
+    def utcoffset(self, moment: datetime | None) -> None:
+        return None
+
+    dst = tzname = utcoffset
 
 
 def zero_state(**fields: Any) -> ContainerState:
@@ -1116,14 +1192,16 @@ class ContainerStateTest(Case):
             self.assertEqual(ContainerState.from_json(text), state)
 
     def test_state_that_json_can_not_hold_is_not_encoded(self) -> None:
-        for fields in (
-            {"created": datetime(2022, 12, 12)},
-            {"created_nanosecond": 1000},
-            {"created_nanosecond": -1},
-            {"id": "\ud800"},
+        naive = [datetime(1, 1, 1, tzinfo=zone) for zone in (None, NoOffset(), PARIS)]
+        for field, values in (
+            ("created", naive),
+            ("created_nanosecond", [1000, -1]),
+            ("init_process_pid", [2**63, 1.5]),
+            ("id", ["\ud800"]),
         ):
-            with self.subTest(fields=fields):
-                self.caught(ValueError, zero_state(**fields).to_json)
+            for value in values:
+                with self.subTest(field=field, value=value):
+                    self.caught(ValueError, zero_state(**{field: value}).to_json)
 
     def test_example_of_the_readme_reads_what_runhcs_prints(self) -> None:
         state = zero_state(id="my-container", status="running").to_json()
@@ -1236,6 +1314,16 @@ class ResponseTest(Case):
         error = self.refusal(process.stdout, process)
         self.assertEqual(str(error), "unknown shim failure, exit code 3")
         self.assertEqual((error.exit_code, error.response), (3, b""))
+
+    def test_process_that_can_not_be_killed_hides_no_text_and_is_not_awaited_for_ever(self) -> None:
+        for code in 3, None:  # Windows denies it for one that is ending; the other never ends
+            clock = itertools.count()
+            process = mock.Mock(poll=lambda: code, returncode=code)
+            process.kill.side_effect = PermissionError(13, "denied", None, 5)
+            with mock.patch.multiple(time, monotonic=clock.__next__, sleep=bool):
+                error = self.refusal(io.BytesIO(b"no memory"), process)
+            self.assertEqual((str(error), error.exit_code), ("no memory", code))
+            self.assertLess(next(clock), 15)
 
     def test_process_is_killed_when_reading_fails_or_is_interrupted(self) -> None:
         for failure in OSError("broken"), KeyboardInterrupt():
@@ -1490,7 +1578,7 @@ class PipeTest(PipeCase):
         self.assertEqual(kept, [1])
         self.assert_nothing_is_under_way()
 
-    def test_memory_that_two_ctrl_c_leave_behind_is_kept(self) -> None:
+    def test_memory_that_ctrl_c_again_and_again_leaves_behind_is_kept(self) -> None:
         client, server = self.pair()
         client.deadline = 0.0
         with replacing("CancelIoEx", mock.Mock(side_effect=KeyboardInterrupt)):
@@ -1499,8 +1587,7 @@ class PipeTest(PipeCase):
         self.assertEqual(overlapped.Internal, STATUS_PENDING)
         server.write(b"x")
         wait_until(lambda: overlapped.Internal != STATUS_PENDING)
-        client.close()
-        self.assert_nothing_is_under_way()
+        vmshim._under_way.clear()
 
     def test_finaliser_runs_no_python_code_that_ctrl_c_could_cut_short(self) -> None:
         self.listen()
@@ -1869,17 +1956,13 @@ class ExchangeTest(PipeCase):
             for part in self.path, "'test'", " create: ", end, " ms":
                 self.assertIn(part, logs.output[0])
 
-    def test_log_handler_that_raises_hides_no_outcome(self) -> None:
-        logger, handler = logging.getLogger("vmshim"), logging.Handler()
-        self.addCleanup(logger.removeHandler, handler)
-        self.addCleanup(logger.setLevel, logger.level)
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-        self.fake_shim_responding(SHIM_SUCCESS)
-        with mock.patch.object(handler, "emit", side_effect=ZeroDivisionError("disk full")):
-            with contextlib.redirect_stderr(io.StringIO()) as err:
-                self.issue()
-        self.assertRegex(err.getvalue(), r"^[^\n]*: done .*logging failed: ZeroDivisionError.*\n$")
+    def test_broken_logging_hides_no_outcome(self) -> None:
+        def issue(err: io.StringIO) -> None:
+            self.fake_shim_responding(SHIM_SUCCESS)
+            self.issue()
+            self.assertRegex(err.getvalue(), r"^$|^[^\n]*: done .*logging failed: \w+Error.*\n$")
+
+        self.with_broken_logging(issue)
 
     def test_container_shim_is_sent_nothing_and_responds_on_a_byte_pipe(self) -> None:
         self.fake_shim(writing(SHIM_SUCCESS), RawPipe.flush, mode=PIPE_TYPE_BYTE)
@@ -1922,7 +2005,7 @@ RUNHCS = r"SOFTWARE\Microsoft\runhcs"
 winreg: Any = __import__("winreg") if WINDOWS else None  # type checkers know it on Windows only
 ZERO_GUID = "00000000-0000-0000-0000-000000000000"
 BROKEN_STATES = (
-    *(b"{", b"[]", b"{} {}", b'{"Owner":5}', b'{"IsHost":1}', b'{"UniqueID":"x"}'),
+    *(b"", b"{", b"[]", b"{} {}", b'{"Owner":5}', b'{"IsHost":1}', b'{"UniqueID":"x"}'),
     b'{"Created":"x"}',
 )
 
@@ -2073,6 +2156,10 @@ class ContainerTest(RegistryCase):
                 error = self.caught(ContainerNotFoundError, call, "x", root=root)
                 self.assertEqual(str(error), "ID 'x' was not found")
         self.assertEqual(list_containers(root="no-such-root"), [])
+        # No key of the registry has a longer name than 255 characters.
+        for id, root in ("x" * 300, self.root), ("\0" * 86, self.root), ("x", "x" * 300):
+            error = self.caught(ContainerNotFoundError, read_container, id, root=root)
+            self.assertEqual(str(error), f"ID '{id}' was not found")
 
     def test_broken_state_is_a_clear_error(self) -> None:
         for state in BROKEN_STATES:
@@ -2132,8 +2219,14 @@ class ContainerTest(RegistryCase):
             ("QueryValueEx", "\\c", lambda: self.read("c")),
             ("EnumKey", "", self.listed),  # a list that breaks off is no list
         ):
+            with mock.patch.object(
+                winreg, function, side_effect=OSError(22, "too little", None, 14)
+            ):
+                other = self.caught(RegistryError, call)
+            self.assertEqual((other.winerror, other.strerror), (14, "can't be read (too little)"))
             with mock.patch.object(winreg, function, side_effect=denied):
                 error = self.caught(RegistryError, call)
+            self.assertIn("(denied); run this as an elevated administrator", str(error))
             self.assertIsInstance(error, NotSentError)
             self.assertEqual(error.filename, f"HKLM\\{self.root_key}{key}")
             self.assertEqual((error.errno, error.winerror), (errno.EACCES, 5))
@@ -2241,8 +2334,13 @@ class CommandLineOnContainersTest(RegistryCase, ServerCase):
         self.assertIn(f"{created}  unknown", self.run_list())
         RawPipe.dial(vm_pipe_path(free), patience=0).close()  # nobody has taken it
 
+    def test_row_of_list_is_one_line_whatever_a_container_is_called(self) -> None:
+        self.write_container("a%0A%1B%09", state_of("a\n\x1b\t", Owner="\u202e\r\nforged"))
+        _, row = self.run_list().splitlines()
+        self.assertEqual(row.split()[:3], ["a\\n\\x1b\\t", "-", "\\u202e\\r\\nforged"])
+
     def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Launch a shim process by the README's recipe."""
+        """Launch a shim process by the README's recipe, in a virtual environment."""
         code = readme_example("--handshake").replace(
             '"--pipe", r"\\\\.\\pipe\\my-shim"', ", ".join(map(repr, arguments))
         )
@@ -2257,8 +2355,10 @@ class CommandLineOnContainersTest(RegistryCase, ServerCase):
             shims.append(shim)
             return shim
 
-        with mock.patch.object(subprocess, "Popen", keep):
-            exec(code, {})
+        base = getattr(sys, "_base_executable", sys.executable)
+        with mock.patch.multiple(sys, executable="a launcher", _base_executable=base, create=True):
+            with mock.patch.object(subprocess, "Popen", keep):
+                exec(code, {})
         return shims[0]
 
     def test_whole_way_from_the_launch_to_the_end_of_the_process(self) -> None:
@@ -2351,6 +2451,7 @@ class ServerTest(ServerCase):
         failures: list[tuple[Exception, bytes]] = [
             (ValueError(), b"ValueError()"),
             (ShimError("\n"), b"\n"),
+            (ShimError(FileNotFoundError(2, "no layer")), b"[Errno 2] no layer"),
             (ShimError("x", b"\xff as another shim said\n"), b"\xff as another shim said\n"),
             (ValueError("a\0b"), b"a\0b"),
             (ValueError("a\ud800b"), b"a\\ud800b"),
@@ -2379,11 +2480,64 @@ class ServerTest(ServerCase):
         self.assertIn("Traceback", logs.output[0])
         self.assertNotIn("Traceback", logs.output[1])
 
+    def test_broken_logging_ends_no_server(self) -> None:
+        failures = ShimError("no"), ValueError("a bug"), None
+        handler = mock.Mock()
+
+        def issue(err: io.StringIO) -> None:
+            handler.side_effect = failures
+            responses = [self.raw_exchange(wire()) for _ in failures]
+            self.assertEqual(responses, [b"no", b"a bug", SHIM_SUCCESS])
+            self.assertRegex(err.getvalue(), "the handler failed at .*ValueError")
+
+        self.start_server(handler)
+        self.with_broken_logging(issue)
+
     def test_handler_that_returns_something_to_await_has_a_bug_and_no_success(self) -> None:
-        kind = type("Awaitable", (), {"__await__": nothing})
-        self.start_server(lambda request: kind())  # as a coroutine function does
-        with self.assertLogs("vmshim", logging.ERROR):
-            self.assertIn(b"to await", self.raw_exchange(wire()))
+        async def carry_out() -> None:
+            pass
+
+        coroutine = carry_out()
+        self.addCleanup(coroutine.close)
+        server = self.start_server()
+        for result in coroutine, type("Awaitable", (), {"__await__": nothing})():
+            server.handler = mock.Mock(return_value=result)
+            with self.assertLogs("vmshim", logging.ERROR):
+                self.assertIn(b"to await", self.raw_exchange(wire()))
+        # A proxy has every attribute that one asks it for.
+        self.assertTrue(hasattr(mock.call, "__await__"))
+        server.handler = lambda request: mock.call
+        self.assertEqual(self.raw_exchange(wire()), SHIM_SUCCESS)
+
+    def test_file_is_not_reloaded_and_a_second_copy_works_beside_the_first(self) -> None:
+        handler, client = self.start_held()
+        self.run_aside(functools.partial(self.issue, "second"))
+        with self.assertRaisesRegex(ImportError, "^vmshim can't be reloaded.*$"):
+            importlib.reload(vmshim)
+        copies = [another_copy("vmshim"), another_copy("pasted")]
+        handler.go_on.set()
+        self.assertEqual(client.read_all(), SHIM_SUCCESS)
+        for module in copies:
+            server = self.enter(module.VMShimServer(new_pipe_path(), bool))
+            self.run_aside(server.serve_forever)
+            for path in self.path, server.pipe_path:
+                request = module.VMRequest(module.__name__, "create")
+                module.issue_vm_request(path, request, connect_timeout=LONG, timeout=LONG)
+            server.shutdown()
+        self.assertEqual(handler.carried_out, ["first", "second", "vmshim", "pasted"])
+        error = self.caught(TypeError, copies[1].issue_vm_request, self.path, REQUEST)
+        self.assertRegex(str(error), "VMRequest of this pasted, not a vmshim.VMRequest$")
+
+    def test_log_lines_are_short_and_of_one_line_whatever_others_send(self) -> None:
+        id = "\x1b]0;owned\x07\nforged\u202e" + "\U000e0001" * 9999
+        failures = ShimError(id), ValueError(id)
+        self.start_server(mock.Mock(side_effect=failures))
+        with self.assertLogs("vmshim", logging.DEBUG) as logs:
+            self.assertEqual([self.refusal(id=id).message for _ in failures], [id, id])
+        self.assertEqual(len(logs.records), 4)
+        for record in logs.records:
+            self.assertTrue(record.getMessage().isprintable())
+            self.assertLess(len(record.getMessage()), 11_000)
 
     def test_what_the_reference_decodes_is_accepted(self) -> None:
         requests = self.start_recording()
@@ -2422,8 +2576,9 @@ class ServerTest(ServerCase):
         whole = b'{"ID":"a","x":"' + b"x" * (MEBIBYTE - 32) + b'","Op":"create"}'
         self.assertEqual(len(whole), MEBIBYTE - 1)
         self.assertEqual(self.raw_exchange(whole), SHIM_SUCCESS)
-        too_long = whole[:40] + b"x" * 4 * MEBIBYTE
-        self.assertEqual(self.raw_exchange(too_long), b"the request is longer than 1048576 bytes")
+        for length in 1, 2, 5:  # whatever its length, the client is told at once
+            too_long = "x" * length * MEBIBYTE
+            self.assertRegex(str(self.refusal(id=too_long, timeout=5)), "longer than 1048576 bytes")
 
     def test_data_after_a_request_does_not_cost_the_client_its_response(self) -> None:
         server = self.start_server()
@@ -2578,26 +2733,38 @@ class SecurityTest(ServerCase):
         self.assertEqual(first.nLength, ctypes.sizeof(first))
         self.assertEqual(set(others), {None})
 
+    def descriptor_of(self, **options: Any) -> str:
+        """Return the descriptor that Windows has for a server's pipe, as SDDL."""
+        with VMShimServer(self.path, print, **options), RawPipe.listen(self.path) as pipe:
+            buffer, text = ctypes.create_string_buffer(4096), ctypes.c_wchar_p()
+            advapi32 = windows.WinDLL("advapi32", use_last_error=True)
+            size, dacl_only = ctypes.byref(DWORD()), 4
+            self.assertTrue(
+                advapi32.GetKernelObjectSecurity(pipe.handle, dacl_only, buffer, 4096, size)
+                and advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(
+                    buffer, 1, dacl_only, ctypes.byref(text), None
+                )
+            )
+        # The rights are shown by name or number.
+        return re.sub("(?<=;;)[^;]+(?=;;;)", "*", text.value or "")
+
     def test_descriptor_is_that_of_the_pipe(self) -> None:
-        self.make_server(security_descriptor="D:(A;;GA;;;WD)(A;;GR;;;BG)")
-        buffer, text = ctypes.create_string_buffer(4096), ctypes.c_wchar_p()
-        advapi32 = windows.WinDLL("advapi32", use_last_error=True)
-        dacl_only = 4
-        self.assertTrue(
-            advapi32.GetKernelObjectSecurity(
-                self.listen().handle, dacl_only, buffer, 4096, ctypes.byref(DWORD())
-            )
+        given = "D:(A;;GA;;;WD)(A;;GR;;;BG)"
+        self.assertRegex(
+            self.descriptor_of(security_descriptor=given), r"\(A;;\*;;;WD\)\(A;;\*;;;BG\)$"
         )
-        self.assertTrue(
-            advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(
-                buffer, 1, dacl_only, ctypes.byref(text), None
-            )
-        )
-        self.assertRegex(text.value or "", r"\(A;;[^;]*;;;WD\)\(A;;[^;]*;;;BG\)$")
+
+    def test_default_descriptor_lets_nobody_in_but_the_system_administrators_and_the_owner(
+        self,
+    ) -> None:
+        self.assertEqual(self.descriptor_of(), "D:P(A;;*;;;SY)(A;;*;;;BA)(A;;*;;;OW)")
 
     def test_wrong_descriptor_is_refused_before_anything_is_opened(self) -> None:
         with spying("CreateNamedPipeW") as calls:
-            for text in "garbage", "D:(A;;GA;;;nobody)", "D:(A;;??;;;WD)", "\ud800":
+            for text in (
+                *("garbage", "D:(A;;GA;;;nobody)", "D:(A;;??;;;WD)", "\ud800", "", "O:BA"),
+                *("D:(A;;GA;;;WD)\0(D;;GA;;;BG)", "D:(A;;GA;;;WD)\0"),  # a NUL would cut it off
+            ):
                 with self.subTest(text=text):
                     error = self.caught(ValueError, self.make_server, security_descriptor=text)
                     self.assertIn("security_descriptor", str(error))
@@ -3057,8 +3224,9 @@ class LifeCycleTest(ServerCase):
         server.shutdown()
         self.assertEqual([client.read_all() for client in (silent, unread, staying)], [b""] * 3)
 
-    def test_keyboard_interrupt_and_system_exit_of_the_handler_stop_the_server(self) -> None:
-        for kind in KeyboardInterrupt, SystemExit:
+    def test_exception_of_the_handler_that_is_no_exception_stops_the_server(self) -> None:
+        # GeneratorExit stands for all the others, such as asyncio.CancelledError.
+        for kind in KeyboardInterrupt, SystemExit, GeneratorExit:
             entered, second_is_there = threading.Event(), threading.Event()
             responses: list[bytes] = []
 
@@ -3084,6 +3252,37 @@ class LifeCycleTest(ServerCase):
                 self.assertEqual(responses, [STOPPED, b""])
             self.caught(PipeNotFoundError, self.issue)
 
+    def test_signal_handler_may_stop_the_server_between_any_two_bytecodes(self) -> None:
+        carried_out: list[str] = []
+        told: list[str] = []
+
+        def handle(request: VMRequest) -> None:
+            carried_out.append(request.id)
+            if request.id == "last":
+                server.shutdown()
+
+        def be_client() -> None:
+            for id in "first", "second", "last":
+                with contextlib.suppress(VMShimError):
+                    self.issue(id)
+                    told.append(id)
+
+        stops: Iterator[Callable[[VMShimServer], None]]
+        stops = itertools.cycle([VMShimServer.shutdown, VMShimServer.close])
+        for point, stop in zip(itertools.count(random.randrange(1, 80), 80), stops):
+            with self.subTest(point=point, stop=stop.__name__):
+                server = VMShimServer(self.path, handle)
+                client = self.run_aside(be_client)
+                interrupter = Interrupter(point, act=functools.partial(stop, server))
+                interrupter.run(server.serve_forever)
+                server.close()
+                self.assert_ends(client)
+                self.assertEqual(carried_out, told, interrupter.place)
+                carried_out.clear()
+                told.clear()
+            if not interrupter.place:
+                break
+
     def test_ctrl_c_ends_an_idle_server(self) -> None:
         server = self.make_server()
         self.run_aside(self.issue, _thread.interrupt_main)
@@ -3106,7 +3305,7 @@ class FullStream(io.TextIOWrapper):
 def broken_streams() -> list[Any]:
     closed = io.TextIOWrapper(io.BytesIO())
     closed.close()
-    return [None, closed, FullStream(io.BytesIO())]
+    return [None, closed, FullStream(io.BytesIO()), mock.Mock(spec=["write"])]
 
 
 WRONG_USAGE = (  # the arguments, and part of what is said about them
@@ -3157,8 +3356,12 @@ class CommandLineTest(Case):
             (["serve", "--help"], ["--handshake start like a shim that runhcs launches"]),
             (["list", "--help"], ["--root", "--json-lines"]),
         ):
-            status, out, err = run_cli(*arguments)
+            # From 3.14 on argparse can colour it.
+            with mock.patch.dict(os.environ, PYTHON_COLORS="1", FORCE_COLOR="1"):
+                status, out, err = run_cli(*arguments)
+                _, _, wrong = run_cli(*arguments[:-1], "--nope")
             self.assertEqual((status, err), (0, ""))
+            self.assertNotRegex(out + wrong, r"\\x1b|\x1b")
             for part in parts:
                 self.assertIn(part, " ".join(out.split()))
 
@@ -3202,7 +3405,7 @@ class CommandLineTest(Case):
         ends = [end for end in failures() if type(end) not in (ValueError, TypeError)]
         for failure in (None, *ends):
             _, status, outcome = ENDS.get(type(failure).__name__, ("", 0, "done"))
-            with self.subTest(failure=failure), requests_ending(*[failure] * 7):
+            with self.subTest(failure=failure), requests_ending(*[failure] * 9):
                 printed, [row], _ = run_json("create", "--vm", GUID, "--json", "a")
                 self.assertIsInstance(row.pop("elapsed_ms"), float)
                 self.assertEqual(row.pop("error") is None, failure is None)
@@ -3230,7 +3433,7 @@ class CommandLineTest(Case):
             self.assertEqual((cli_status("create"), out.getvalue()), (2, ""))
 
     def test_bug_is_a_traceback_with_a_status_of_its_own(self) -> None:
-        for bug in KeyError("oops"), OSError("oops"), AssertionError("oops"):
+        for bug in (KeyError("oops"), OSError("oops"), TypeError("oops"), ValueError("oops")):
             for function in "issue_vm_request", "list_containers":
                 arguments = ("create", "--vm", GUID, "a") if function[0] == "i" else ("list",)
                 with self.subTest(bug=bug), mock.patch.object(vmshim, function, side_effect=bug):
@@ -3256,6 +3459,29 @@ class CommandLineTest(Case):
             self.assertEqual(cli_status("create", "--vm", GUID, "a"), 1)
         err.flush()
         self.assertEqual(written.getvalue(), b"\\xe9\n")
+
+    def test_byte_order_mark_is_written_once(self) -> None:
+        written = type("Pipe", (io.BytesIO,), {"seekable": lambda self: False})()
+        out = io.TextIOWrapper(written, encoding="utf-8-sig")
+        out.write('{"id": "the host itself"}\n')
+        with requests_ending(None, None), mock.patch.object(sys, "stdout", out):
+            self.assertEqual(cli_status("create", "--vm", GUID, "--json", "a", "b"), 0)
+        lines = written.getvalue().decode("utf-8-sig").splitlines()
+        self.assertEqual([json.loads(line)["id"] for line in lines[1:]], ["a", "b"])
+
+    def test_stream_that_can_only_write_gets_the_text(self) -> None:
+        host = mock.Mock(spec=["write"])
+        ends = [ShimError("no")] * 2
+        with requests_ending(*ends), mock.patch.multiple(sys, stdout=host, stderr=host):
+            self.assertEqual(cli_status("create", "--vm", GUID, "--json", "a", "b"), 1)
+        text = "".join(call[0][0] for call in host.write.call_args_list)
+        self.assertRegex(text, r'^(no\n\{.*"outcome": "refused".*\}\n){2}$')
+
+    def test_handshake_without_a_stdin_is_wrong_usage(self) -> None:
+        err = io.StringIO()
+        with mock.patch.multiple(sys, stdin=None, stdout=None, stderr=err):
+            self.assertEqual(cli_status("serve", "--handshake", "--pipe", PATH), 2)
+        self.assertRegex(err.getvalue(), r"\n[^\n]*error: --handshake needs a stdin [^\n]*\n$")
 
     @unittest.skipIf(WINDOWS, "this is Windows")
     def test_other_platform_is_told_in_one_line(self) -> None:
@@ -3348,10 +3574,10 @@ class CommandLineOnAPipeTest(ServerCase):
         self.assertEqual((row["outcome"], row["retry"]), ("unknown", False))
 
     def test_serve_prints_each_request_until_ctrl_c(self) -> None:
-        ask = functools.partial(self.issue, "a\x1bb")
+        ask = functools.partial(self.issue, "a\x1bb\ncreate c")
         self.once_in("ConnectNamedPipe", ask, _thread.interrupt_main)
         status, out, err = run_cli("serve", "--pipe", self.path)
-        self.assertEqual((status, out), (130, "create a\\x1bb\n"))
+        self.assertEqual((status, out), (130, "create a\\x1bb\\ncreate c\n"))
         self.assertEqual(err, f"serving {self.path} until Ctrl-C\n")
 
     def test_serve_that_can_not_have_its_pipe_says_so_in_one_line(self) -> None:
@@ -3361,6 +3587,14 @@ class CommandLineOnAPipeTest(ServerCase):
             self.assertEqual((status, out), (expected, ""))
             self.assertTrue(err.startswith(f"{self.path}: "))
             self.assertEqual(err.count("\n"), 1)
+
+    def test_launched_shim_whose_parent_has_gone_ends_with_its_status(self) -> None:
+        stdout = mock.Mock(spec=["write"])
+        with mock.patch.multiple(sys, stdout=stdout, stdin=stdout):
+            with mock.patch.object(os, "write", side_effect=OSError(22, "Invalid argument")):
+                with contextlib.redirect_stderr(io.StringIO()) as err:
+                    self.assertEqual(cli_status("serve", "--handshake", "--pipe", "nope"), 2)
+        self.assertIn("not a pipe path", err.getvalue())
 
     def test_demo_shows_both_ways_of_success_and_refusal(self) -> None:
         status, out, err = run_cli("demo")
@@ -3498,19 +3732,26 @@ class ProcessOnAPipeTest(ServerCase):
 
     def test_server_that_a_finaliser_closes_while_python_ends_does_not_hold_it_up(self) -> None:
         code = f"""
-import threading
 def serve():
     with vmshim.VMShimServer({self.path!r}, bool) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
-generator = serve()
-next(generator)
+class Service:
+    def __init__(self):
+        self.generator = serve()
+        next(self.generator)
+    def __del__(self):
+        self.generator.close()
+holder = %s
 vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"), connect_timeout=10)
 """
-        status, _, err = python_says(code)
-        self.assertEqual((status, err), (0, b""))
+        # The second outlives the modules.
+        for holder in "Service()", "setattr(threading, 'registry', [vmshim, Service()])":
+            status, _, err = python_says(code % holder, before="import threading")
+            self.assertEqual((status, err), (0, b""))
 
-    def test_program_ends_although_a_server_serves_in_a_thread(self) -> None:
+    def test_program_without_threading_and_queue_ends_although_a_server_serves(self) -> None:
+        # Before 3.13 Python never ends if a thread that goes on was the first to import threading.
         code = f"""
 import _thread
 def fail(request):
@@ -3520,9 +3761,9 @@ _thread.start_new_thread(server.serve_forever, ())
 try:
     vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"), connect_timeout=30)
 except vmshim.ShimError:
-    print("refused")
+    print("refused", *sys.modules.keys() & {{"threading", "queue", "logging"}})
 """
-        status, out, err = python_says(code)
+        status, out, err = python_says(code, before="import sys; sys.modules['_queue'] = None")
         self.assertEqual((status, out.split()), (0, [b"refused"]))
         self.assertIn(b"a bug", err)
 
@@ -3770,16 +4011,21 @@ def persist(call: Step) -> None:
             pass
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Interrupter:
-    """Raises KeyboardInterrupt in the calling thread before the n-th bytecode of vmshim.py.
+    """Acts as a signal's handler before the n-th bytecode of vmshim.py: raises KeyboardInterrupt.
 
     Bytecodes of threading and queue, as called from there, count too. Each of them is a point at
     which CPython 3.8 looks for signals; later versions do so at some of them. With `twice` a real
     Ctrl-C hits the main thread up to 3 ms later.
     """
 
-    def __init__(self, point: int, *, twice: bool = False) -> None:
+    def __init__(self, point: int, *, twice: bool = False, act: Step = interrupt) -> None:
         self.point = point
+        self.act = act
         self.twice = twice
         self.count = 0
         self.place = ""
@@ -3804,7 +4050,7 @@ class Interrupter:
                 self.raised_at = time.monotonic()
                 if self.twice:
                     _thread.start_new_thread(self.interrupt_again, ())
-                raise KeyboardInterrupt
+                self.act()
         return self.trace
 
     def counts(self, frame: Any) -> bool:

@@ -707,8 +707,6 @@ class _Operation:
 
         Windows signals its end by the event, if there is one, and not by the handle.
         """
-        if _under_way:
-            _forget_ended()
         # Not a local variable: a traceback would keep the handle open.
         self._handle = owner._handle
         overlapped = self.overlapped
@@ -761,13 +759,6 @@ class _Operation:
         if status == _NOT_STARTED:
             return self._failure
         return int(_ntdll.RtlNtStatusToDosError(status)) if status else 0
-
-
-def _forget_ended() -> None:
-    """Give memory back that an operation has left behind because Ctrl-C cut its end short."""
-    for address, (overlapped, _) in _under_way.copy().items():
-        if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):
-            _under_way.pop(address, None)
 
 
 def _check_timeout(name: str, seconds: float | None) -> None:
@@ -852,7 +843,6 @@ class Pipe(io.RawIOBase):
             super().close()
             if _under_way:  # perhaps on this pipe: by another thread, or left by a second Ctrl-C
                 _kernel32.CancelIoEx(self._handle, None)
-                _forget_ended()
         finally:
             # This closes the handle, unless another thread's operation still has it.
             self._handle = None

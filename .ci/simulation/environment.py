@@ -153,6 +153,7 @@ class Slot:
         if self.scheduler.keep_history:
             self.scheduler.note(f"sleep {seconds:.3f}")
         self.scheduler.block(self.scheduler.now + seconds)
+        task.paused += seconds
         self.leave(task, "sleep")
 
     # os

@@ -26,10 +26,6 @@ what may be ending is waited for
     waits = math.inf if is_known else 100  =>  waits = math.inf if is_known else 0
 an operation that has ended is forgotten
 -        _under_way.pop(ctypes.addressof(self.overlapped), None)
-what Ctrl-C has left is given back
-    if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):  =>  if False:
-what Windows may still write to is kept
-    if overlapped.Internal not in (STATUS_PENDING, _NOT_STARTED):  =>  if True:
 what is under way is kept, whatever Ctrl-C cuts short
     _under_way[ctypes.addressof(overlapped)] = overlapped,  =>  _ = overlapped,
 each operation has an OVERLAPPED of its own
@@ -193,8 +189,8 @@ who is too late is told so
 what a client sends is bounded
     if len(self.received) > MAX_REQUEST:  =>  if False:
 what comes after too long a request is read
--                self.respond(_TOO_LONG)
-+                self.respond(_TOO_LONG)
+-                self.respond(b"the request is longer than %d bytes" % MAX_REQUEST)
++                self.respond(b"the request is longer than %d bytes" % MAX_REQUEST)
 +                return
 the buffers are 0
     PIPE_UNLIMITED_INSTANCES, 0, 0, 0  =>  PIPE_UNLIMITED_INSTANCES, 4096, 4096, 0
@@ -261,8 +257,8 @@ nobody else may open the pipe
 +_DEFAULT_SECURITY = "D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GR;;;WD)"
 nobody waits for the response to what was not sent
     raise  # the shim is still there, and waits for the request  =>  pass
-a second Ctrl-C leaves no handle in the traceback
-    operation._handle = None  # the traceback of a second Ctrl-C would keep it open  =>  pass
+what a second Ctrl-C cuts short is ended all the same
+    operation.end()  # a second Ctrl-C has cut that short  =>  pass
 """
 
 

@@ -46,6 +46,7 @@ class Task:
         self.interrupted_at = 0.0
         self.interruptions = 0
         self.interrupted_in = ""
+        self.paused = 0.0  # seconds of time.sleep()
         self.waited_at = 0.0  # when its last wait for a signal ended
         self.greenlet: Any = None
 
