@@ -1621,8 +1621,9 @@ class VMShimServer:
     def _carry_out(self, client: _Client) -> None:
         """Call the handler for a client's request, and give the client the response."""
         try:
-            request = VMRequest.from_json(bytes(client.received))
-            request.check()
+            if not client.request:
+                client.request = VMRequest.from_json(bytes(client.received))
+            client.request.check()
         except ValueError as error:
             client.respond(str(error).encode("utf-8", "backslashreplace"))
             return
@@ -1631,7 +1632,7 @@ class VMShimServer:
             return
         client.step = "handler"
         began = time.monotonic()
-        response = self._call_handler(request)
+        response = self._call_handler(client.request)
         seconds = time.monotonic() - began
         for other in self._clients:
             other.deadline += seconds  # nobody could be attended to
@@ -1761,6 +1762,7 @@ class _Client:
         # What is under way, and what to call with it when it has ended.
         self._operations: dict[_Operation, Callable[[_Operation], None]] = {}
         self.received = bytearray()
+        self.request: VMRequest | None = None
         self._object_end = _object_end()
         next(self._object_end)
         self._response = b""

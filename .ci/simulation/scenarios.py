@@ -690,7 +690,10 @@ class Plumbing:
         if took > 0.5:
             self.run.broken("timeout", f"close() took {took:.3f} s")
         # Another thread may just have begun something; it sees the end within a slice.
-        self.run.scheduler.sleep(0.15 + self.run.scheduler.jumped - jumped)
+        jumped = self.run.scheduler.jumped
+        self.run.scheduler.sleep(0.15)
+        if self.run.scheduler.jumped > jumped:  # both waits ended with the jump
+            self.run.scheduler.sleep(0.15)
         for operation in self.slot.process.operations:
             self.run.broken("left", f"{operation.kind} is pending after close()")
 
