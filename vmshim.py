@@ -14,7 +14,7 @@ bytes for success or with an error's text. This module is both ends of that prot
 
 Protocol names are those of hcsshim v0.9.6, called "the reference" below. This module can be
 imported on every platform; opening a pipe or the registry needs Windows. For the command line see
-`python vmshim.py --help`. The file can be cut at each line that begins with four equals signs.
+`python vmshim.py --help`. The file can be cut at each line that begins with `# ====`.
 
 One exchange, and who waits for whom:
 
@@ -27,9 +27,9 @@ One exchange, and who waits for whom:
                                          <--  after a success, write a message of length zero
     close                                -->  read until the client has closed, then close
 
-Constants: SAFE_PIPE_PREFIX is the prefix of the pipe names that only an elevated administrator can
-create. SHIM_SUCCESS is the whole response of a shim that succeeded. MAX_REQUEST and MAX_RESPONSE
-are the limits, in bytes, of what a server and a client read.
+Constants: SAFE_PIPE_PREFIX (hcsshim: SafePipePrefix) is the prefix of the pipe names that only an
+elevated administrator can create. SHIM_SUCCESS (ShimSuccess) is the whole response of a shim that
+succeeded. MAX_REQUEST and MAX_RESPONSE limit, in bytes, what a server and a client read.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ __all__ += ["PipeBusyError", "ShimBusyError", "ResponseTimeoutError", "Connectio
 # ---- Names and paths ----------------------------------------------------------------------------
 
 SAFE_PIPE_PREFIX = "\\\\.\\pipe\\ProtectedPrefix\\Administrators\\"
-"""Prefix of the pipe names that only an elevated administrator can create (SafePipePrefix)."""
 
 _NOT_ESCAPED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~$&+=:@"
 
@@ -150,7 +149,7 @@ def _check_pipe_path(path: str) -> None:
     before, between, server, pipe, name = [*path.split("\\", 4), "", "", "", ""][:5]
     is_path = not before and not between and server and pipe.lower() == "pipe" and name
     # Windows takes a path that begins with \\?\ as it is.
-    is_changed = any(part in f"\\{name}\\" for part in ("/", "\\\\", ".\\", " \\"))
+    is_changed = "/" in path or any(part in f"\\{name}\\" for part in ("\\\\", ".\\", " \\"))
     if not is_path or "\0" in path or (is_changed and server != "?"):
         raise ValueError(
             f"not a pipe path: {path!r} (expected \\\\.\\pipe\\NAME or \\\\SERVER\\pipe\\NAME; "
@@ -205,7 +204,7 @@ class ShimError(VMShimError):
 
 
 class NotSentError(VMShimError):
-    """The shim has not read the request, so repeating it is safe."""
+    """The request was not carried out and won't be, so repeating it is safe."""
 
 
 class OutcomeUnknownError(VMShimError):
@@ -262,9 +261,9 @@ class PipeBusyError(PipeOpenError, TimeoutError):
 
 
 class ShimBusyError(NotSentError, _PipeError, TimeoutError):
-    """The time was over while the shim was busy with another request; it had not read this one."""
+    """The time was over before the shim had read the request: it was busy with another one."""
 
-    _means = errno.ETIMEDOUT, "the shim stayed busy with another request; try again later"
+    _means = errno.ETIMEDOUT, "the shim is busy with another request and has not read this one"
 
 
 class ResponseTimeoutError(OutcomeUnknownError, _PipeError, TimeoutError):
@@ -460,9 +459,7 @@ def _read_members(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 # ---- Messages -----------------------------------------------------------------------------------
 
 SHIM_SUCCESS = b"\0OK\0"
-"""The whole response of a shim that succeeded (hcsshim: ShimSuccess)."""
 MAX_RESPONSE = 1 << 20
-"""The longest response that a client reads unless a call says otherwise, in bytes."""
 
 
 class VMRequestOp(str, Enum):
@@ -634,10 +631,7 @@ LPOVERLAPPED = ctypes.POINTER(OVERLAPPED)
 
 
 def _finaliser(function: str) -> Any:
-    """Return a __del__ that passes the object to a function of kernel32.
-
-    It is C code from end to end. One in Python could be cut short by Ctrl-C, or swallow it.
-    """
+    """Return a __del__ that calls a function of kernel32: C code, which Ctrl-C can't cut short."""
     if sys.platform != "win32":
         return None
     # Of a library of its own, whose calls leave ctypes.get_last_error() alone.
@@ -662,7 +656,7 @@ class _Handle(ctypes.c_void_p):
     __reduce__: Any = None  # no copying and no pickling: what was handed out once is closed once
 
 
-_kernel32: Any = None  # see _check_windows()
+_kernel32: Any = None  # where there is no Windows; _check_windows() comes before each use
 _ntdll: Any = None
 
 if sys.platform == "win32":
@@ -685,7 +679,7 @@ _last_error: Callable[[], int] = getattr(ctypes, "get_last_error", int)
 _LONGEST_WAIT = 0.1
 """The longest single wait, in seconds: a wait inside Windows ignores Ctrl-C."""
 _NOT_STARTED = 1
-"""Stands in OVERLAPPED.Internal until Windows replaces it; no NTSTATUS that Windows puts there."""
+"""Stands in OVERLAPPED.Internal until Windows replaces it; Windows never puts it there."""
 
 _under_way: dict[int, tuple[OVERLAPPED, object]] = {}
 """What Windows may still write to, by the address of its OVERLAPPED. It keeps the memory, whatever
@@ -715,8 +709,8 @@ class _Operation:
         _under_way[ctypes.addressof(overlapped)] = overlapped, self.arguments
         is_done = self._function(self._handle, *self.arguments, overlapped)
         error = ERROR_IO_PENDING if is_done else _last_error()
-        # A failure leaves Internal at STATUS_PENDING for ever. Windows is asked whether it was one:
-        # a signal's handler may have replaced the error of an operation that is under way.
+        # A failure leaves Internal at STATUS_PENDING for ever; CancelIoEx then finds nothing to
+        # cancel. If a signal's handler has replaced the error of a pending one, this cancels that.
         if (
             error != ERROR_IO_PENDING
             and not _kernel32.CancelIoEx(self._handle, overlapped)
@@ -750,11 +744,7 @@ class _Operation:
         self._handle = None
 
     def error(self) -> int:
-        """Return the Win32 error of its end.
-
-        Windows' own record has it. ctypes' last error may be another call's by now: a signal's
-        handler may run between any two steps of Python.
-        """
+        """Return the Win32 error of its end; ctypes' last error may be another call's by now."""
         status = self.overlapped.Internal
         if status == _NOT_STARTED:
             return self._failure
@@ -785,8 +775,7 @@ class Pipe(io.RawIOBase):
 
     deadline = math.inf
 
-    # io.RawIOBase's finaliser would call close(), Python code in which a Ctrl-C would be lost. The
-    # handle has a finaliser of its own, so this one does nothing.
+    # Not close(): a Ctrl-C in it would be lost. The handle has a finaliser of its own.
     __del__ = object.__init__
 
     def __init__(self, path: str) -> None:
@@ -841,7 +830,7 @@ class Pipe(io.RawIOBase):
         """
         try:
             super().close()
-            if _under_way:  # perhaps on this pipe: by another thread, or left by a second Ctrl-C
+            if _under_way:  # perhaps by another thread, on this pipe
                 _kernel32.CancelIoEx(self._handle, None)
         finally:
             # This closes the handle, unless another thread's operation still has it.
@@ -901,7 +890,7 @@ def dial_pipe(
     """Connect to a named pipe (go-winio: DialPipe).
 
     While all instances are busy, this tries again for `connect_timeout` seconds; 0 means one
-    attempt. `timeout` seconds after the connection, the Pipe's deadline, reads and writes raise
+    attempt. From `timeout` seconds after the connection on, the deadline, reads and writes raise
     ResponseTimeoutError. None means no limit. Raises ValueError for a path that is not a pipe path,
     NeedsWindowsError, PipeNotFoundError if nobody listens there, PipeAccessError, PipeBusyError, or
     PipeOpenError.
@@ -932,7 +921,7 @@ def dial_pipe(
 
 
 def _wait_for_instance(path: str, seconds: float) -> bool:
-    """Return whether the server has offered one by then, to whoever comes first."""
+    """Return whether an instance was offered in time; another client may take it first."""
     # 0 would mean the server's default time.
     if _kernel32.WaitNamedPipeW(path, max(1, int(seconds * 1000))):
         return True
@@ -1046,18 +1035,11 @@ __all__ += ["read_container", "RegistryError", "ContainerNotFoundError", "Contai
 class ContainerState(NamedTuple):
     """A container's status, as `runhcs state` prints it (hcsshim: ContainerState).
 
-    `runhcs list --format json` prints an array of these. Its fields:
-
-    - version: the OCI version;
-    - id: the container's ID;
-    - init_process_pid: the pid of its init process; -1: unknown;
-    - status: created, running, paused, stopped, unknown, or empty;
-    - bundle, rootfs: the paths of its bundle and of its root file system;
-    - created: when it was created, an aware datetime; 0001-01-01T00:00:00Z means never;
-    - annotations: its annotations, by their names;
-    - owner: who created it, such as runhcs.exe;
-    - created_nanosecond: the last three digits of that time, 0 to 999 ns, which a datetime can't
-      hold.
+    `runhcs list --format json` prints an array of these. `version` is the OCI version; `status` is
+    created, running, paused, stopped, unknown, or empty; `init_process_pid` is -1 if unknown; `id`,
+    `bundle`, `rootfs`, `annotations` and `owner` are what they say. `created` is an aware datetime,
+    0001-01-01T00:00:00Z for never, and `created_nanosecond` its last three digits, 0 to 999 ns,
+    which a datetime can't hold.
     """
 
     version: str
@@ -1165,20 +1147,12 @@ class ContainerStateError(NotSentError, ValueError):
 class Container(NamedTuple):
     """A container's registry entry, as runhcs stores it (hcsshim: persistedState in cmd/runhcs).
 
-    Its fields:
-
-    - id: the container's ID;
-    - owner: who created it;
-    - sandbox_id: the ID of the sandbox that it belongs to;
-    - host_id: the ID of its VM; empty if it runs in none;
-    - bundle, rootfs: the paths of its bundle and of its root file system;
-    - created: when it was created, an aware datetime; 0001-01-01T00:00:00Z means never;
-    - is_host: whether it was created together with its VM;
-    - unique_id: the GUID in the name of its own pipe, see shim_pipe_path();
-    - host_unique_id: the GUID in the name of its VM's pipe; the zero GUID if it runs in no VM;
-    - shim_pid: the pid of its own shim; 0 if that has exited, -1 if unknown;
-    - created_nanosecond: the last three digits of that time, 0 to 999 ns, which a datetime can't
-      hold.
+    `id`, `owner`, `bundle`, `rootfs`, `created` and `created_nanosecond` are as in ContainerState.
+    `sandbox_id` is the ID of the sandbox that it belongs to. `host_id` is the ID of its VM, and
+    `host_unique_id` the GUID in the name of that VM's pipe; empty, and the zero GUID, if it runs in
+    no VM. `is_host` tells whether it was created together with its VM. `unique_id` is the GUID in
+    the name of its own pipe, see shim_pipe_path(), and `shim_pid` the pid of its own shim; 0 if
+    that has exited, -1 if unknown.
     """
 
     id: str
@@ -1416,8 +1390,6 @@ def _parse_security(text: str | None) -> SECURITY_ATTRIBUTES:
 # one step on with each, and runs the handler in between.
 
 MAX_REQUEST = 1 << 20
-"""The longest request that a server reads, in bytes."""
-
 _COURTESY = 0.01
 """How long a request waits for the client before it to take its response, in seconds."""
 _STOP_GRACE = 0.5
@@ -1438,7 +1410,7 @@ class VMShimServer:
     `request_timeout` is how long, in seconds, a client may take for each of these: sending its
     request, reading the response, closing its end. The handler's time doesn't count. None means no
     limit. At most `max_clients` are connected at a time, and each can make the server hold a
-    request of MAX_REQUEST bytes.
+    request of MAX_REQUEST bytes: 71 MiB for 64, and up to 30 more while one of them is parsed.
 
     `security_descriptor` is an SDDL string that says who may connect. Without it LocalSystem,
     administrators and the account that runs the server may, and nobody else. It must give this
@@ -1449,9 +1421,6 @@ class VMShimServer:
     serve_forever() is not running. Raises ValueError for a path that is not \\\\.\\pipe\\NAME or a
     wrong security descriptor, PipeAccessError if the name is taken or needs an elevated
     administrator, and PipeOpenError.
-
-    >>> with VMShimServer(r"\\\\.\\pipe\\my-shim", print) as server:  # doctest: +SKIP
-    ...     server.serve_forever()
     """
 
     def __init__(
@@ -1476,13 +1445,13 @@ class VMShimServer:
         self.handler = handler
         self.request_timeout = request_timeout
         self.max_clients = max_clients
-        # Any thread may set the first two. The next holds one run of serve_forever() at most: a
-        # list of its thread, which is a new object for each run.
+        # Other threads may use these. While serve_forever() runs, _runs["run"] is a new list of its
+        # thread: dict.setdefault() is one step, and the list tells this run from the next.
         self._is_stopping = self._is_closed = False
         self._runs: dict[str, list[int]] = {}
         # The rest belongs to the thread that serves.
         self._clients: list[_Client] = []
-        self._waiting: list[_Client] = []  # whose requests are complete, oldest first
+        self._waiting: list[_Client] = []  # whose requests are complete
         self._retry_at = 0.0
         self._has_begun = False  # whether an operation was started, which resets the event
         self._event: _Handle | None = None  # Windows sets it when an operation has ended
@@ -1501,7 +1470,7 @@ class VMShimServer:
         handler too, end it and are passed on; a request that the handler had begun then gets no
         response, because its outcome is unknown. If shutdown() was called while the server was
         idle, it returns at once. Raises ValueError if the server is closed and RuntimeError if it
-        is serving already.
+        is serving already. If more than two Ctrl-C cut its end short, call close() in its thread.
         """
         run = [_thread.get_ident()]
         if self._is_closed:
@@ -1552,10 +1521,7 @@ class VMShimServer:
         self.close()
 
     def _is_serving_here(self) -> bool:
-        """Tell whether the caller was called by serve_forever(): by a handler, mostly.
-
-        If a run in this thread was cut short by two Ctrl-C, end it.
-        """
+        """Tell whether serve_forever() called the caller; end a run that was cut short here."""
         if self._runs.get("run") != [_thread.get_ident()]:
             return False
         frame: Any = sys._getframe(1).f_back
@@ -1597,7 +1563,7 @@ class VMShimServer:
 
     def _wait(self, seconds: float) -> None:
         """Wait until an operation ends, a client's time is over, or shutdown() is called."""
-        # What has ended before an operation was started gives no signal any more.
+        # A start resets the event, so what ended just before it may have left no signal.
         if self._has_begun:
             return
         deadline = min((client.deadline for client in self._clients), default=math.inf)
@@ -1615,7 +1581,7 @@ class VMShimServer:
         try:
             client.connect()
         except _PipeError as error:
-            self.let_nobody_in(error.winerror)
+            self._pause_offers(error.winerror)
             client.drop()
 
     def _carry_out(self, client: _Client) -> None:
@@ -1681,10 +1647,10 @@ class VMShimServer:
         if not self._event:
             raise _pipe_error(PipeOpenError, _last_error(), self.pipe_path)
         # The descriptor belongs to the name: only the first instance's counts.
-        self.create_instance(self, _parse_security(security_descriptor))
+        self._create_instance(self, _parse_security(security_descriptor))
         while not self._use_up_instance():
             self._came_early.append(self._handle)
-            self.create_instance(self)
+            self._create_instance(self)
 
     def _use_up_instance(self) -> bool:
         """Connect to the offered instance and leave; return False if another client was faster."""
@@ -1697,16 +1663,16 @@ class VMShimServer:
             raise PipeAccessError(errno.EACCES, text, self.pipe_path, error.winerror) from None
         return True
 
-    def create_instance(self, end: Any, first: SECURITY_ATTRIBUTES | None = None) -> None:
-        """Create an instance of the pipe, for the first one's attributes, and give it to an end."""
+    def _create_instance(self, end: Any, attributes: Any = None) -> None:
+        """Create an instance for `end`, a server or a client; only the first has attributes."""
         open_mode = PIPE_ACCESS_DUPLEX | FILE_FLAG_OVERLAPPED
-        open_mode |= FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0
+        open_mode |= FILE_FLAG_FIRST_PIPE_INSTANCE if attributes else 0
         pipe_mode = PIPE_TYPE_MESSAGE | PIPE_READMODE_MESSAGE | PIPE_REJECT_REMOTE_CLIENTS
         # Buffers of 0: a write ends when the client has read it. Only then may the zero-length
         # message follow, which Windows drops while data is unread.
         numbers = open_mode, pipe_mode, PIPE_UNLIMITED_INSTANCES, 0, 0, 0
         # Not to a local variable: a traceback would keep the instance open.
-        end._handle = _kernel32.CreateNamedPipeW(self.pipe_path, *numbers, first)
+        end._handle = _kernel32.CreateNamedPipeW(self.pipe_path, *numbers, attributes)
         if end._handle and end._handle.value != INVALID_HANDLE_VALUE:
             return
         winerror = _last_error()
@@ -1720,8 +1686,8 @@ class VMShimServer:
         self._came_early.clear()
         self._handle = self._event = None
 
-    def let_nobody_in(self, winerror: int) -> None:
-        """Log why no client can be let in, if it is news, and wait before the next attempt."""
+    def _pause_offers(self, winerror: int) -> None:
+        """Log why no client can be let in, if it is news, and offer nothing for a while."""
         if not self._retry_at:
             error = _pipe_error(PipeOpenError, winerror, self.pipe_path)
             _log("ERROR", "no client can be let in: %s", error)
@@ -1731,7 +1697,7 @@ class VMShimServer:
 def _check_local_pipe_path(path: str) -> None:
     _check_pipe_path(path)
     if not path.startswith("\\\\.\\"):
-        raise ValueError(f"a pipe can only be served on this host, and {path!r} is on another")
+        raise ValueError(f"a server's pipe path must begin with \\\\.\\, and {path!r} doesn't")
 
 
 def _refusal_bytes(error: Exception) -> bytes:
@@ -1742,7 +1708,6 @@ def _refusal_bytes(error: Exception) -> bytes:
         response = bytes(refusal.response) or refusal.message.encode("utf-8", "backslashreplace")
     except Exception:  # the exception's own code may be as broken as the handler
         response = b""
-    response = response[:MAX_RESPONSE]
     return response if response not in (b"", SHIM_SUCCESS) else b"the handler gave no text"
 
 
@@ -1772,7 +1737,7 @@ class _Client:
         if self._server._came_early:
             self._handle = self._server._came_early.pop(0)
         else:
-            self._server.create_instance(self)
+            self._server._create_instance(self)
         self._begin(self._connected, _kernel32.ConnectNamedPipe)
 
     def advance(self) -> None:
@@ -1786,9 +1751,10 @@ class _Client:
             if error in (0, ERROR_MORE_DATA, ERROR_PIPE_CONNECTED):
                 then(operation)
                 continue
-            # It may be that a client came and went, or Ctrl-C came before the operation.
-            if self.step == "connect" and error not in (ERROR_NO_DATA, ERROR_OPERATION_ABORTED):
-                self._server.let_nobody_in(error)
+            if error == ERROR_OPERATION_ABORTED:
+                continue  # Ctrl-C came before it began, so the server stops
+            if self.step == "connect" and error != ERROR_NO_DATA:  # that one came and went
+                self._server._pause_offers(error)
             elif self.step != "connect" and error != ERROR_BROKEN_PIPE:
                 text = "%s: a client has failed: Win32 error %s"
                 _log("DEBUG", text, self._server.pipe_path, error)
@@ -1939,7 +1905,7 @@ exit status:
   0    done
   1    the shim refused; its text is on stderr
   2    wrong arguments; nothing was sent
-  3    no such container or VM, or nobody listens there; nothing was sent
+  3    nothing was sent: no such container or VM, nobody listens there, or as stderr says
   4    access denied; nothing was sent
   5    the pipe or the shim stayed busy; the request was not carried out
   6    no response in time, an empty one, or the connection was lost: the outcome is unknown
@@ -2003,13 +1969,13 @@ def _print_json(failure: BaseException | None, seconds: float, **sent: str | Non
 def _run_requests(options: argparse.Namespace) -> int:
     """Send one request after the other; return the exit status of the first that failed."""
     limits = {"connect_timeout": options.connect_timeout, "timeout": options.timeout}
-    longest = "without limit" if options.timeout is None else f"for {sum(limits.values()):g} s"
+    longest = "without limit" if options.timeout is None else f"up to {sum(limits.values()):g} s"
     first_failure = 0
     for container_id in options.id:
         pipe_path = options.pipe
         began = time.monotonic()
         failure: BaseException | None = None
-        text = f"{options.command} {container_id}: waiting for the VM shim, {longest} at most"
+        text = f"{options.command} {container_id}: waiting for the VM shim, {longest}"
         _print(_printable(text), "stderr", is_for_terminal=True)
         try:
             if pipe_path is None:
