@@ -113,7 +113,8 @@ def _hold(peer: Peer, handle: int, seconds: float, mark: Mark, steps: int) -> No
     end = world.now + seconds
     since, jumped, handled = mark
     if since + steps * limit + TOLERANCE < end:
-        while world.now < since + steps * limit + TOLERANCE + peer.run.seconds_handled() - handled:
+        since += steps * limit + TOLERANCE - handled
+        while world.now < since + peer.run.seconds_handled() and not peer.run.killed:
             peer.sleep(0.05)
         peer.sleep(world.jumped - jumped)
         _check_cut_off(peer, handle)
