@@ -354,7 +354,6 @@ def _printable(text: str) -> str:
 
 _MAX_DEPTH = 32
 """How deep JSON may be nested. Reading it takes stack, of which some hosts give a thread little."""
-_JSON_SPACE = " \t\r\n"
 
 # How Go's encoder escapes characters.
 _GO_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x20), *b"<>&", 0x2028, 0x2029)}
@@ -384,7 +383,7 @@ def _decode_first(data: bytes | str) -> tuple[Any, str]:
     )
     # For each byte that isn't UTF-8 Go puts a U+FFFD; _typed() puts it for a surrogate.
     text = data if isinstance(data, str) else data.decode("utf-8", "surrogateescape")
-    text = text.lstrip(_JSON_SPACE)
+    text = text.lstrip(" \t\r\n")
     _check_depth(text)
     value, end = decoder.raw_decode(text)
     return value, text[end:]
@@ -406,7 +405,7 @@ def _check_depth(text: str) -> None:
 def _decode_only(data: bytes | str) -> Any:
     """Return the one JSON value that `data` is."""
     value, rest = _decode_first(data)
-    if rest.strip(_JSON_SPACE):
+    if rest.strip(" \t\r\n"):
         raise ValueError(f"unexpected {rest[:20]!r} after the JSON value")
     return value
 
@@ -507,7 +506,7 @@ class VMRequest(NamedTuple):
         _check_text("op", self.op)
         if not self.id:
             raise ValueError("the container ID is empty")
-        if str(self.op) not in _OPS:
+        if str.__str__(self.op) not in _OPS:
             raise ValueError(f"unknown op {self.op[:50]!r}; a VM shim knows {', '.join(_OPS)}")
 
     def to_json(self) -> bytes:
@@ -645,8 +644,7 @@ def _finaliser(function: str) -> Any:
 
 def _declare(function: Any, restype: Any, *argtypes: Any) -> None:
     """Tell ctypes what a function of Windows returns and takes, as Microsoft documents it."""
-    function.restype = restype
-    function.argtypes = argtypes
+    function.restype, function.argtypes = restype, argtypes
 
 
 class _Handle(ctypes.c_void_p):
@@ -967,8 +965,7 @@ def issue_vm_request(
         raise
     finally:
         milliseconds = (time.monotonic() - began) * 1000
-        text = "%s: %r %s: %s (%.1f ms)"
-        _log("DEBUG", text, pipe_path, request.id, request.op, outcome, milliseconds)
+        _log("DEBUG", "%s: %r %s: %s (%.1f ms)", pipe_path, *request, outcome, milliseconds)
 
 
 def _exchange(pipe: Pipe, message: bytes, max_response: int) -> None:
@@ -978,9 +975,8 @@ def _exchange(pipe: Pipe, message: bytes, max_response: int) -> None:
     except ResponseTimeoutError:
         # The write has not ended, so the shim has not read the newline. It can have read the rest
         # only where that fills the buffers of Go's JSON decoder: 512, 1,536, 3,584, ... bytes.
-        size = len(message) - len(b"\n")
-        blocks = size // 512 + 1
-        if size % 512 == 0 and blocks & (blocks - 1) == 0:
+        blocks, rest = divmod(len(message) - len(b"\n"), 512)
+        if rest == 0 and blocks & (blocks + 1) == 0:
             raise
         raise ShimBusyError(*ShimBusyError._means, pipe.name, WAIT_TIMEOUT) from None
     except ConnectionLostError as error:
@@ -1315,13 +1311,17 @@ def _stored_values(winreg: Any, key: Any) -> tuple[Any, Any]:
 
 
 def _subkey_names(winreg: Any, key: Any) -> list[str]:
+    """Return the names of a key's subkeys, of one moment if runhcs lets it be had in ten tries."""
     names: list[str] = []
-    try:
-        while True:
-            names.append(winreg.EnumKey(key, len(names)))
-    except OSError as error:
-        if getattr(error, "winerror", 0) != ERROR_NO_MORE_ITEMS:
-            raise
+    for _ in range(10):
+        before = winreg.QueryInfoKey(key)
+        try:
+            names = [winreg.EnumKey(key, index) for index in range(before[0])]
+            if winreg.QueryInfoKey(key) == before:
+                break
+        except OSError as error:
+            if getattr(error, "winerror", 0) != ERROR_NO_MORE_ITEMS:
+                raise
     return names
 
 
@@ -1369,6 +1369,12 @@ if sys.platform == "win32":
     _advapi32 = ctypes.WinDLL("advapi32", use_last_error=True)
     _parse_sddl = _advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW
     _declare(_parse_sddl, BOOL, LPCWSTR, DWORD, ctypes.POINTER(_SecurityDescriptor), LPDWORD)
+
+
+def _check_local_pipe_path(path: str) -> None:
+    _check_pipe_path(path)
+    if not path.startswith("\\\\.\\"):
+        raise ValueError(f"a server's pipe path must begin with \\\\.\\, and {path!r} doesn't")
 
 
 def _parse_security(text: str | None) -> SECURITY_ATTRIBUTES:
@@ -1486,7 +1492,11 @@ class VMShimServer:
             self._serve()
             raise
         finally:
-            self._end()
+            try:
+                self._end()
+            except BaseException:
+                self._end()  # Ctrl-C has cut that short
+                raise
 
     def shutdown(self) -> None:
         """Make serve_forever() return, and wait until it has, unless its own thread calls this.
@@ -1594,14 +1604,15 @@ class VMShimServer:
             client.respond(str(error).encode("utf-8", "backslashreplace"))
             return
         if not client.is_there():
+            # It may go on sending for ever.
+            client.deadline = min(client.deadline, _deadline(self.request_timeout))
             self._waiting.append(client)
             return
         client.step = "handler"
         began = time.monotonic()
         response = self._call_handler(client.request)
-        seconds = time.monotonic() - began
         for other in self._clients:
-            other.deadline += seconds  # nobody could be attended to
+            other.deadline += time.monotonic() - began  # nobody could be attended to
         client.respond(response)
         # The next request may take long. This client should not have to wait for that.
         give_up = time.monotonic() + _COURTESY
@@ -1631,9 +1642,9 @@ class VMShimServer:
         for client in list(self._clients):
             client.drop()
         self._is_stopping = False
+        self._runs.clear()
         if self._is_closed:
             self._release()
-        self._runs.clear()
 
     def _take_name(self, security_descriptor: str | None) -> None:
         """Create the pipe, and keep its name.
@@ -1692,12 +1703,6 @@ class VMShimServer:
             error = _pipe_error(PipeOpenError, winerror, self.pipe_path)
             _log("ERROR", "no client can be let in: %s", error)
         self._retry_at = time.monotonic() + _LONGEST_WAIT
-
-
-def _check_local_pipe_path(path: str) -> None:
-    _check_pipe_path(path)
-    if not path.startswith("\\\\.\\"):
-        raise ValueError(f"a server's pipe path must begin with \\\\.\\, and {path!r} doesn't")
 
 
 def _refusal_bytes(error: Exception) -> bytes:
@@ -1924,7 +1929,7 @@ def _print(text: str, name: str = "stdout", *, is_for_terminal: bool = False) ->
 
     The exit status tells the outcome even so, whatever a host has put in place of the stream.
     """
-    stream = getattr(sys, name)
+    stream: Any = getattr(sys, name, None)
     try:
         if is_for_terminal and not getattr(stream, "isatty", bool)():
             return
@@ -2149,7 +2154,7 @@ def _check_options(options: argparse.Namespace) -> None:
         check = _check_local_pipe_path if options.command == "serve" else _check_pipe_path
         check(options.pipe)
     if given.get("handshake"):
-        if not (sys.stdin and sys.stdout):
+        if not (getattr(sys.stdin, "buffer", None) and sys.stdout):
             raise ValueError("--handshake needs a stdin and a stdout")
         _typed("the options on stdin", _decode_only(sys.stdin.buffer.read()), tuple)
     _registry_path(given.get("root", "default"), "")
