@@ -3159,7 +3159,7 @@ class LifeCycleTest(ServerCase):
 
         stops: Iterator[Callable[[VMShimServer], None]]
         stops = itertools.cycle([VMShimServer.shutdown, VMShimServer.close])
-        for point, stop in zip(itertools.count(random.randrange(1, 80), 80), stops):
+        for point, stop in zip(itertools.count(random.randrange(1, 200), 200), stops):
             with self.subTest(point=point, stop=stop.__name__):
                 server = VMShimServer(self.path, handle)
                 client = self.run_aside(be_client)
@@ -3537,6 +3537,14 @@ class ProcessTest(Case):
                 self.assertRegex(stream.decode(), expected)
 
 
+IMPORTS = """
+import __future__, _thread, collections, ctypes, enum, errno, io, math, os, sys, time
+class Structure(ctypes.Structure):  # from 3.14 on ctypes loads modules for the first one
+    _fields_ = [("field", ctypes.c_int)]
+loaded = set(sys.modules)
+"""
+
+
 class ProcessOnAPipeTest(ServerCase):
     def start_vmshim(self, *arguments: str) -> subprocess.Popen[Any]:
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -3645,20 +3653,14 @@ _thread.start_new_thread(server.serve_forever, ())
 try:
     vmshim.issue_vm_request({self.path!r}, vmshim.VMRequest("a", "create"), connect_timeout=30)
 except vmshim.ShimError:
-    print("refused", *sys.modules.keys() & {{"threading", "queue", "logging"}})
+    print("refused", *(sys.modules.keys() - loaded) & {{"threading", "queue", "logging"}})
 """
-        status, out, err = python_says(code, before="import sys; sys.modules['_queue'] = None")
+        status, out, err = python_says(code, before=f"{IMPORTS}sys.modules['_queue'] = None")
         self.assertEqual((status, out.split()), (0, [b"refused"]))
         self.assertIn(b"a bug", err)
 
     def test_library_prints_nothing_and_loads_no_more_modules_than_these(self) -> None:
         self.start_server(refuse_some)
-        before = """
-import __future__, _thread, collections, ctypes, enum, errno, io, math, os, sys, time
-class Structure(ctypes.Structure):  # from 3.14 on ctypes loads modules for the first one
-    _fields_ = [("field", ctypes.c_int)]
-loaded = set(sys.modules)
-"""
         code = f"""
 for id in "yes", "no":
     try:
@@ -3666,7 +3668,7 @@ for id in "yes", "no":
     except vmshim.ShimError:
         print(id, *set(sys.modules) - loaded)
 """
-        status, out, err = python_says(code, before=before)
+        status, out, err = python_says(code, before=IMPORTS)
         self.assertEqual((status, out.split(), err), (0, [b"no", b"vmshim"], b""))
 
 
