@@ -6,16 +6,19 @@ its own, with a prefix of its own (`pinned` in wine-python's cache). It prints t
 Only ratios mean anything elsewhere, and none is printed without the pinning.
 
 The server under the requests is nobody's own code: plain kernel32, with buffers of 0, as the
-reference's. `peers/` has what is measured beside vmshim.
+reference's. `peers/` has what is measured beside vmshim; `--before FILE` measures an older
+vmshim.py's server beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import glob
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -31,7 +34,7 @@ import time
 import tracemalloc
 import uuid
 from ctypes import wintypes
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, TypeVar
 
 import under_wine
 
@@ -137,15 +140,28 @@ def serve(path: str, instances: int, buffers: int, answer: bytes, re_offer: floa
     os._exit(0)
 
 
-def serve_by_vmshim(path: str) -> None:
-    """Answer by our own server, until stdin ends."""
-    server = vmshim.VMShimServer(
-        path, lambda request: None, request_timeout=None, max_clients=10000
-    )
+def serve_by_vmshim(path: str, seconds: float, file: str) -> None:
+    """Answer by this vmshim.py's server, each after so many seconds, until stdin ends."""
+    module: Any = load(file)
+
+    def carry_out(_: object) -> None:
+        if seconds:
+            time.sleep(seconds)
+
+    server = module.VMShimServer(path, carry_out, request_timeout=None, max_clients=10000)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print("ready", flush=True)
     sys.stdin.read()
     os._exit(0)
+
+
+def load(file: str) -> Any:
+    """Return this vmshim.py as a module, whatever its name is."""
+    spec = importlib.util.spec_from_file_location("served_" + os.path.basename(file)[:-3], file)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 AsideType = TypeVar("AsideType", bound="Aside")
@@ -189,6 +205,14 @@ class Server(Aside):
         super().__init__("serve", self.path, instances, buffers, error_length, re_offer)
 
 
+class OurServer(Aside):
+    """The server of a vmshim.py, ours if no other is named; `path` is its pipe."""
+
+    def __init__(self, *, handler_seconds: float = 0, file: str = vmshim.__file__) -> None:
+        self.path = rf"\\.\pipe\vmshim-bench-{uuid.uuid4()}"
+        super().__init__("serve-by-vmshim", self.path, handler_seconds, file)
+
+
 # ---- Measuring ----------------------------------------------------------------------------------
 
 
@@ -211,7 +235,7 @@ class Row(NamedTuple):
     what: str
     ours: object
     other: object
-    ratio: float
+    ratio: float | None
     goal: str
 
 
@@ -349,7 +373,7 @@ def hurry() -> None:
             started = time.monotonic()
             try:
                 send(path, REQUEST)
-                done += 1
+                done += time.monotonic() < end
             except vmshim.PipeBusyError:
                 pass
             longest = max(longest, time.monotonic() - started)
@@ -382,30 +406,68 @@ class Busy(NamedTuple):
         return f"{self.rate:.0f}/s, least {self.least:.0%}, longest {self.longest:.2f} s"
 
 
-def measure_busy(seconds: float) -> Rows:
-    rows = []
+@contextlib.contextmanager
+def clients_in_a_hurry() -> Iterator[list[Aside]]:
     clients = [Aside("hurry") for _ in range(16)]
     try:
+        yield clients
+    finally:
+        for client in clients:
+            client.process.communicate()
+
+
+def send_at_once(clients: list[Aside], kind: str, path: str, seconds: float) -> Busy:
+    """Let these clients send requests for a while."""
+    for client in clients:
+        client.send(f"{kind} {path} {seconds}")
+    outcomes = [json.loads(client.receive()) for client in clients]
+    done, longest = zip(*outcomes)
+    least = min(done) / max(1, statistics.mean(done))
+    return Busy(sum(done) / seconds, least, max(longest))
+
+
+def measure_busy(seconds: float) -> Rows:
+    rows = []
+    with clients_in_a_hurry() as clients:
         for re_offer in 0, 2, 10:
             # Chance alone gives the least of 16 half its share while each has served about ten.
             for count, time_for_each in (1, seconds), (4, seconds), (16, 5 * seconds):
                 both: list[Busy] = []
                 for kind in "vmshim", "sleeper":
                     with Server(instances=1, re_offer=re_offer / 1000) as server:
-                        for client in clients[:count]:
-                            client.send(f"{kind} {server.path} {time_for_each}")
-                        outcomes = [json.loads(client.receive()) for client in clients[:count]]
-                    done, longest = zip(*outcomes)
-                    least = min(done) / max(1, statistics.mean(done))
-                    both.append(Busy(sum(done) / time_for_each, least, max(longest)))
+                        both.append(send_at_once(clients[:count], kind, server.path, time_for_each))
                 what = f"busy, re-offer {re_offer} ms, {count} in a hurry / 10 ms sleeper"
                 waiting, sleeping = both
                 rows.append(
                     Row(what, waiting, sleeping, waiting.rate / max(1, sleeping.rate), "≥ 8")
                 )
-    finally:
-        for client in clients:
-            client.process.communicate()
+    return rows
+
+
+def measure_servers(seconds: float, before: str, rounds: int = 5) -> Rows:
+    """Let our clients send to our server, and in turn to that of an older vmshim.py, if given."""
+    files = [vmshim.__file__, before] if before else [vmshim.__file__]
+    beside = f" / by vmshim {load(before).__version__}" if before else ""
+    rows = []
+    with clients_in_a_hurry() as clients:
+        for handler_ms, goal in (0, "≥ 1.2"), (20, "≥ 0.95"):
+            for count in 1, 4, 16:
+                rates: dict[str, list[float]] = {file: [] for file in files}
+                # Servers that live at the same time, and each is measured while the other is idle.
+                with contextlib.ExitStack() as stack:
+                    paths = {}
+                    for file in files:
+                        server = OurServer(handler_seconds=handler_ms / 1000, file=file)
+                        paths[file] = stack.enter_context(server).path
+                    for _ in range(rounds):
+                        for file in random.sample(files, len(files)):
+                            busy = send_at_once(clients[:count], "vmshim", paths[file], seconds)
+                            rates[file].append(busy.rate)
+                ours, *older = (statistics.median(rates[file]) for file in files)
+                what = f"our server, a handler of {handler_ms} ms, {count} in a hurry{beside}"
+                other = f"{older[0]:.0f}/s" if older else ""
+                ratio = ours / older[0] if older else None
+                rows.append(Row(what, f"{ours:.0f}/s", other, ratio, goal if older else ""))
     return rows
 
 
@@ -457,8 +519,8 @@ def measure_growth(seconds: float) -> list[str]:
     """Return the rows of the second table."""
     rows = []
     for count in 1, 8, 64, 512:
-        path = rf"\\.\pipe\vmshim-bench-{uuid.uuid4()}"
-        with Aside("serve-by-vmshim", path) as server:
+        with OurServer() as server:
+            path = server.path
             vmshim.issue_vm_request(path, REQUEST)
             before = memory_of(server.process)
             waiting = [vmshim.dial_pipe(path) for _ in range(count)]
@@ -486,7 +548,8 @@ def print_table(rows: Rows, mark: str) -> None:
     print("| --- | --- | --- | --- | --- |")
     for what, ours, other, ratio, goal in rows:
         goal = f"≤ {goal}" if goal and not goal.startswith("≥") else goal
-        print(f"| {what} | {ours} | {other} | {ratio:.2f}{mark} | {goal} |")
+        quotient = "" if ratio is None else f"{ratio:.2f}{mark}"
+        print(f"| {what} | {ours} | {other} | {quotient} | {goal} |")
 
 
 def main() -> None:
@@ -497,12 +560,15 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0, help="pin all to this one (Linux)")
     parser.add_argument("--unpinned", action="store_true", help="measure unpinned, marked so")
     parser.add_argument("--profile", action="store_true", help="print where a request's time goes")
-    parser.add_argument("--only", default="", help="a part: requests, processes, busy or growth")
+    parser.add_argument("--only", default="", help="requests, processes, busy, servers or growth")
+    parser.add_argument("--before", default="", metavar="FILE", help="an older vmshim.py")
     for given in "--wheel", "--pinned", "--linux":  # by the part of this script that runs on Linux
         parser.add_argument(given, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if sys.platform != "win32":
-        sys.exit(go_on_under_wine(sys.argv[1:], options.core))
+        # A relative path is the same on every drive.
+        before = ["--before", os.path.relpath(options.before)] if options.before else []
+        sys.exit(go_on_under_wine([*sys.argv[1:], *before], options.core))
     pinned = options.pinned
     if not pinned and not options.unpinned:
         if hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
@@ -541,6 +607,8 @@ def main() -> None:
             rows.append(import_row("Linux", json.loads(options.linux)))
     if wanted("busy"):
         rows += measure_busy(options.seconds)
+    if wanted("servers"):
+        rows += measure_servers(options.seconds, options.before)
     if wanted("growth"):
         _, held = measure_memory(1 << 20)
         rows.append(Row("1 MiB error held / its size", f"{held:.2f} MiB", "1.00 MiB", held, "1.1"))
@@ -561,7 +629,7 @@ TASKS: dict[str, Callable[..., None]] = {
         *(path, int(instances), int(buffers), b"x" * int(length) or vmshim.SHIM_SUCCESS),
         float(re_offer),
     ),
-    "serve-by-vmshim": serve_by_vmshim,
+    "serve-by-vmshim": lambda path, seconds, file: serve_by_vmshim(path, float(seconds), file),
     "hurry": hurry,
 }
 

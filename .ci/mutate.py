@@ -1,13 +1,15 @@
 """Break each rule of vmshim.py, one at a time, and see the suite fail each time.
 
-`python3 .ci/mutate.py` takes about an hour; `--only REGEX` tries some. A rule that can be
-broken unnoticed is printed as SURVIVED, and the exit status is 1. It needs procps' pkill.
+`python3 .ci/mutate.py` takes about an hour; `--only REGEX` tries some, `--linux` only those that the
+suite on Linux notices, and `--quick` runs no more than the test classes of each rule. A rule that
+can be broken unnoticed is printed as SURVIVED, and the exit status is 1. It needs procps' pkill.
 
 mutations.txt holds the rules:
 
     == the test classes that should notice the following; they run first, then the rest of the suite
     a rule
-    @ the function, method, class or module-level name (of a call: the function) where it is kept
+    @ the function, method, class or module-level name (of a call: the function) where it is kept,
+      or "module", anywhere
     - the text to replace, which must be there exactly once; lines are whole but for the outer two
     + what to replace it by, in order to break the rule
     ? an excuse: why no test under Wine can show it
@@ -49,7 +51,7 @@ import unittest
 
 import test_vmshim
 
-first, left_out, failfast = (argument.split() for argument in sys.argv[1:])
+first, left_out, failfast, quick = (argument.split() for argument in sys.argv[1:])
 
 
 def tests_in(suite):
@@ -62,10 +64,12 @@ def tests_in(suite):
 
 suite = unittest.defaultTestLoader.loadTestsFromModule(test_vmshim)
 tests = [test for test in tests_in(suite) if test.id() not in left_out]
-tests.sort(key=lambda test: type(test).__name__ not in first)
+tests.sort(key=lambda test: [*first, type(test).__name__].index(type(test).__name__))
 names = {type(test).__name__ for test in tests}
 for name in first:
     assert name in names, f"there is no test class {name}"
+if quick:
+    tests = [test for test in tests if type(test).__name__ in first]
 runner = unittest.TextTestRunner(sys.stdout, verbosity=2, failfast=bool(failfast))
 result = runner.run(unittest.TestSuite(tests))
 sys.stdout.flush()
@@ -130,12 +134,15 @@ def apply_edit(source: str, edit: Edit) -> str:
     """Return the source with the edit in it. Raise ValueError if it doesn't fit exactly once."""
     lines = source.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
-    places = []
+    text = re.escape(edit.old)
+    if edit.where == "module":
+        places = [match.start() for match in re.finditer(text, source)]
+    else:
+        places = []
     for name, node in definitions(parse(source).body):
         if name == edit.where:
             assert node.end_lineno
             start, end = starts[node.lineno - 1], starts[node.end_lineno]
-            text = re.escape(edit.old)
             places += [start + match.start() for match in re.finditer(text, source[start:end])]
     if len(places) != 1:
         raise ValueError(f"what to replace is {len(places)} times in {edit.where}")
@@ -143,7 +150,16 @@ def apply_edit(source: str, edit: Edit) -> str:
     return source[:place] + edit.new + source[place + len(edit.old) :]
 
 
-def run_suite(source: str, first: str, left_out: list[str], *, failfast: bool) -> tuple[int, str]:
+class Suite(NamedTuple):
+    """How the suite is run: by which Python, with which tests, to its end or to the first failure."""
+
+    python: str
+    quick: bool = False
+    left_out: str = ""
+    failfast: bool = False
+
+
+def run_suite(source: str, first: str, how: Suite) -> tuple[int, str]:
     """Run the suite with this vmshim.py; return its exit status and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         for name in FILES:
@@ -158,12 +174,12 @@ def run_suite(source: str, first: str, left_out: list[str], *, failfast: bool) -
         ):
             with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
                 file.write(text)
-        python = os.path.join(HERE, "wine-python")
-        options = [first, " ".join(left_out), "failfast" if failfast else ""]
+        flags = ["failfast" if how.failfast else "", "quick" if how.quick else ""]
+        options = [first, how.left_out, *flags]
         # A file and not a pipe, which a process that the suite has left would keep open.
         with open(os.path.join(folder, "output"), "w+b") as log:
             suite = subprocess.run(
-                ["timeout", "-s", "KILL", str(TIMEOUT), python, "run_tests.py", *options],
+                ["timeout", "-s", "KILL", str(TIMEOUT), how.python, "run_tests.py", *options],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -184,14 +200,14 @@ def failures_in(output: str) -> list[str]:
     return list(dict.fromkeys(ids))
 
 
-def try_edit(source: str, edit: Edit, left_out: list[str]) -> tuple[str, str]:
+def try_edit(source: str, edit: Edit, how: Suite) -> tuple[str, str]:
     """Return a verdict, and which test noticed or what went wrong."""
     try:
         broken = apply_edit(source, edit)
         compile(broken, "vmshim.py", "exec")
     except (ValueError, SyntaxError) as error:
         return "NO EDIT ", str(error)
-    status, output = run_suite(broken, edit.tests, left_out, failfast=True)
+    status, output = run_suite(broken, edit.tests, how)
     if abs(status) in (9, 128 + 9):
         return "noticed ", "hangs at " + output.rstrip().rpartition("\n")[2][:80]
     if status:
@@ -204,6 +220,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="rules to break")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--linux", action="store_true", help="run the suite here, without pipes")
+    parser.add_argument("--quick", action="store_true", help="run the rule's test classes only")
     parser.add_argument("--fit", action="store_true", help="only see whether the edits fit")
     options = parser.parse_args()
     with open(os.path.join(ROOT, "vmshim.py"), encoding="utf-8") as file:
@@ -217,19 +235,21 @@ def main() -> int:
                 print(f"NO EDIT   {edit.rule}: {error}")
         return 0
 
-    _, output = run_suite(source, "", [], failfast=False)
+    how = Suite(sys.executable if options.linux else os.path.join(HERE, "wine-python"))
+    _, output = run_suite(source, "", how)
     left_out = failures_in(output)
     for name in left_out:
         print(f"fails without any edit, left out: {name}")
+    how = how._replace(quick=options.quick, left_out=" ".join(left_out), failfast=True)
     counts: dict[str, int] = {}
     started = time.monotonic()
 
     def try_one(edit: Edit) -> tuple[str, str]:
-        return try_edit(source, edit, left_out)
+        return try_edit(source, edit, how)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        for edit, (verdict, how) in zip(edits, pool.map(try_one, edits)):
-            print(f"{verdict}  {edit.rule}: {how}", flush=True)
+        for edit, (verdict, reason) in zip(edits, pool.map(try_one, edits)):
+            print(f"{verdict}  {edit.rule}: {reason}", flush=True)
             counts[verdict.strip()] = counts.get(verdict.strip(), 0) + 1
     figures = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print(f"{len(edits)} rules: {figures}, in {(time.monotonic() - started) / 60:.0f} minutes")
