@@ -120,10 +120,8 @@ class Slot:
             _count=lambda: sum(not task.ended for task in self.scheduler.tasks[1:]),
         )
         time = types.ModuleType("time")
-        time.__dict__.update(
-            monotonic=self._monotonic, perf_counter=self._monotonic, time=self._monotonic
-        )
-        time.__dict__.update(sleep=self._sleep)
+        time.__dict__.update(monotonic=self._monotonic, time=self._monotonic, sleep=self._sleep)
+        time.__dict__.update(perf_counter=self._perf_counter)
         logging = types.ModuleType("logging")
         logging.__dict__.update(DEBUG=10, INFO=20, WARNING=30, ERROR=40)
         logging.__dict__.update(getLogger=lambda name: _Logger(self.logged))
@@ -142,9 +140,12 @@ class Slot:
 
     # time
 
-    def _monotonic(self) -> float:
+    def _perf_counter(self) -> float:
         self.scheduler.look_at_clock()
-        now: float = self.scheduler.now
+        return float(self.scheduler.now)
+
+    def _monotonic(self) -> float:
+        now = self._perf_counter()
         step = self.clock_step
         return now - now % step if step else now
 

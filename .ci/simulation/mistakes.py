@@ -111,7 +111,7 @@ a read is always under way
 who comes first is handled first
     self._waiting.pop(0)  =>  self._waiting.pop()
 the client before may take its response first
-    while client.step == "respond" and time.monotonic() < give_up:  =>  while False:
+    while client.step == "respond" and time.perf_counter() < give_up:  =>  while False:
 a courtesy is short
     _COURTESY = 0.01  =>  _COURTESY = 0.1
 the handler's time doesn't count
