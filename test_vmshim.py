@@ -951,7 +951,7 @@ REQUESTS = [  # ID, op, wire
 ]
 DECODED: list[tuple[bytes | str, str, str]] = [  # wire, ID, op
     *((wire, id, op) for id, op, wire in REQUESTS),
-    (b'{"ID":"a","Op":"create"}\n', "a", "create"),
+    (b'{"ID":"a","Op":"create"}\n' + b"[" * 99, "a", "create"),
     (b'{"Op":"sync","ID":"b"}', "b", "sync"),
     (b'{"iD":"mix","oP":"create"}', "mix", "create"),
     (b'{"ID":"a","id":"c","Op":"create"}', "c", "create"),
@@ -980,6 +980,7 @@ NOT_DECODED = [
     *(b'{"ID":"a","Op":7}', b'{"ID":["a"],"Op":"create"}', b'{"ID":7,"ID":"a","Op":"create"}'),
     *(b'{"ID":{},"Op":"create"}', b'{"ID":true,"Op":"create"}', b'{"ID":"a\n","Op":"create"}'),
     *(b'{"ID":NaN}', b'{"x":-Infinity}', b'\x0b{"ID":"a","Op":"create"}'),
+    b'{"x":"\\\\","y":' + b"[" * 40 + b"]" * 40 + b"}",
     b'\xef\xbb\xbf{"ID":"a","Op":"create"}',
     *(b'{"x":' + b"[" * depth + b"]" * depth + b',"ID":"a","Op":"sync"}' for depth in (32, 10**6)),
 ]
@@ -1073,7 +1074,13 @@ STATES = [  # JSON, pid, created as the reference writes them again
     ('{"annotations":{},"unknown":{"pid":5},"pid":1}', 1, ZERO_TIME),
 ]
 NOT_TIMES = [
-    *("", "2019-05-01T01:02:03", "2019-05-01t01:02:03Z", "2019-05-01T01:02:03z"),
+    *(
+        "",
+        "2019-05-01T01:02:03.123456\u0663Z",
+        "2019-05-01T01:02:03",
+        "2019-05-01t01:02:03Z",
+        "2019-05-01T01:02:03z",
+    ),
     *("2019-05-01T24:00:00Z", "2019-05-01T01:60:00Z", "2019-05-01T01:02:60Z"),
     *("2019-05-01T01:2:03Z", "2019-5-01T01:02:03Z", "2019-05-1T01:02:03Z", "2019-02-30T00:00:00Z"),
     *("2019-05-01T01:02:03.Z", "2019-05-01T01:02:03Z\\n", "2019-05-01T01:02:03+1:00"),
@@ -2352,11 +2359,7 @@ class CommandLineOnContainersTest(RegistryCase, ServerCase):
 # ---- Server -------------------------------------------------------------------------------------
 
 
-class UnreadableError(Exception):
-    """An exception whose text can't be had."""
-
-    def __str__(self) -> str:
-        raise ZeroDivisionError
+UNREADABLE: Any = type("Unreadable", (Exception,), {"__str__": lambda self: 1 / 0})
 
 
 class ServerTest(ServerCase):
@@ -2385,7 +2388,7 @@ class ServerTest(ServerCase):
             (ValueError("a\ud800b"), b"a\\ud800b"),
             (ValueError("x" * 10 * MEBIBYTE), b"x" * MEBIBYTE),
             (ShimError("", b"x" * 2 * MEBIBYTE), b"x" * MEBIBYTE),
-            *((failure, NO_TEXT) for failure in (ShimError(""), UnreadableError())),
+            *((failure, NO_TEXT) for failure in (ShimError(""), UNREADABLE())),
             *((kind(SHIM_SUCCESS.decode()), NO_TEXT) for kind in (ValueError, ShimError)),
             (ShimError("x", SHIM_SUCCESS), NO_TEXT),
         ]
@@ -2496,8 +2499,8 @@ class ServerTest(ServerCase):
 
     def test_request_of_a_mebibyte_is_read_and_a_longer_one_is_cut_off(self) -> None:
         self.start_server()
-        whole = b'{"ID":"a","x":"' + b"x" * (MEBIBYTE - 32) + b'","Op":"create"}'
-        self.assertEqual(len(whole), MEBIBYTE - 1)
+        whole = b'{"ID":"a","x":"' + b"x" * (MEBIBYTE - 32) + b'","Op":"create"}\n'
+        self.assertEqual(len(whole), MEBIBYTE)
         self.assertEqual(self.raw_exchange(whole), SHIM_SUCCESS)
         for length in 1, 2, 5:  # whatever its length, the client is told at once
             too_long = "x" * length * MEBIBYTE
@@ -2593,6 +2596,10 @@ class ServerTest(ServerCase):
                 self.assertEqual((error.winerror, error.filename), (number, self.path))
                 self.assertIn(text, str(error))
                 self.caught(PipeNotFoundError, self.issue)
+        server = VMShimServer.__new__(VMShimServer)
+        with failing("CreateFileW", ERROR_ACCESS_DENIED), contextlib.suppress(PipeAccessError):
+            getattr(server, "__init__")(self.path, bool)
+        self.caught(PipeNotFoundError, self.issue)  # although the object is still there
 
     def test_nothing_is_left_after_many_requests(self) -> None:
         server = self.start_server(request_timeout=None)
@@ -2612,6 +2619,7 @@ class ServerTest(ServerCase):
             server.shutdown()
             server.serve_forever()
             server.close()
+            self.assertLessEqual(lowest_free_handle(), before)
             VMShimServer(self.path, print)
         self.assertLessEqual(lowest_free_handle(), before)
         self.caught(PipeNotFoundError, self.issue)
@@ -2778,13 +2786,40 @@ class ManyClientsTest(ServerCase):
                 self.caught(OSError, client.write, b"too late")
 
     def test_handler_may_take_longer_than_request_timeout(self) -> None:
-        handler, client = self.start_held(request_timeout=0.1)
-        with self.dial() as other:  # its time doesn't run meanwhile
-            time.sleep(0.3)
-            handler.go_on.set()
-            self.assertEqual(client.read_all(), SHIM_SUCCESS)
+        handler = HeldHandler()
+        self.start_server(handler, request_timeout=0.5)
+        others = [self.dial()]
+        client = self.dial(wire("first"))
+        self.assertTrue(handler.entered.wait(LONG))
+        others.append(self.dial())
+        time.sleep(0.7)  # the time of neither runs meanwhile
+        handler.go_on.set()
+        self.assertEqual(client.read_all(), SHIM_SUCCESS)
+        for other in others:
             other.write(wire())
             self.assertEqual(other.read_all(), SHIM_SUCCESS)
+
+    def test_request_that_came_in_time_is_carried_out_although_the_server_looks_late(self) -> None:
+        self.start_server(request_timeout=0.2)
+        client, _ = self.dial(), self.dial()  # the second is let in when the first is being read
+
+        def come_and_look_late() -> None:
+            client.write(wire())
+            time.sleep(0.4)
+
+        with spying("WaitForSingleObject", before=once(come_and_look_late)):
+            self.assertEqual(client.read_all(), SHIM_SUCCESS)
+
+    def test_client_is_looked_at_right_before_its_handler_begins(self) -> None:
+        requests = self.start_recording()
+        for id, act in ("gone", RawPipe.close), ("talks on", writing(b"more")):
+            client = self.dial()
+            last_moment = mock.Mock(side_effect=once(functools.partial(act, client)))
+            with mock.patch.object(VMRequest, "check", last_moment):
+                client.write(wire(id))
+                wait_until(lambda: last_moment.called)
+                self.issue()
+        self.assertEqual({request.id for request in requests}, {"talks on", "test"})
 
     def test_next_handler_begins_once_the_response_is_read_unless_its_client_has_gone(self) -> None:
         handler = HeldHandler()
@@ -2955,25 +2990,25 @@ class ManyClientsTest(ServerCase):
         self.assert_ends(prober)
         self.assertEqual(missing, [])
 
-    def test_failure_to_offer_an_instance_is_logged_once_and_the_server_does_not_spin(self) -> None:
+    def test_failure_to_offer_an_instance_is_logged_as_news_and_tried_again_later(self) -> None:
         functions = "CreateNamedPipeW", "ConnectNamedPipe"
-        for function, times in itertools.product(functions, (1, 1000)):
-            with self.subTest(function, times=times), VMShimServer(self.path, bool) as server:
+        for function, errors in itertools.product(functions, ([1450, 0, 1450], [1450] * 1000)):
+            with self.subTest(function), VMShimServer(self.path, bool) as server:
                 with self.assertLogs("vmshim", logging.ERROR) as logs:
-                    with failing(function, *[1450] * times), spying(function) as calls:
+                    with failing(function, *errors), spying(function) as calls:
                         thread = self.serve_in_thread(server)
                         began = time.monotonic()
-                        if times == 1:
-                            wait_until(lambda: len(calls) > 1)
-                            self.issue()
-                            server.shutdown()
+                        if 0 in errors:
+                            for _ in range(2):
+                                with contextlib.suppress(ConnectionLostError):
+                                    self.issue()
                         else:
                             wait_until(lambda: len(calls) > 3)
                             self.assertGreater(time.monotonic() - began, 0.2)
-                            server.close()
+                        server.close()
                         self.assert_ends(thread)
-                [line] = logs.output
-                self.assertIn("no client can be let in", line)
+                self.assertEqual(len(logs.output), 2 if 0 in errors else 1)
+                self.assertIn("no client can be let in", logs.output[-1])
 
     def test_server_needs_one_thread_whatever_the_number_of_clients(self) -> None:
         threads = _thread._count()
@@ -3182,20 +3217,11 @@ class LifeCycleTest(ServerCase):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-class FullStream(io.TextIOWrapper):
-    """A stream like Python's own stdout, to a device that is full."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def reconfigure(self, **options: Any) -> None:
-        self.write("")  # it flushes first
-
-
 def broken_streams() -> list[Any]:
     closed = io.TextIOWrapper(io.BytesIO())
     closed.close()
-    return [None, closed, FullStream(io.BytesIO()), mock.Mock(spec=["write"])]
+    full = mock.Mock(**{"write.side_effect": OSError(errno.ENOSPC, "No space left on device")})
+    return [None, closed, full, mock.Mock(spec=["write"])]
 
 
 WRONG_USAGE = (  # the arguments, and part of what is said about them
@@ -4187,15 +4213,9 @@ class FileTest(Case):
         self.assertGreaterEqual(results.attempted, 2)
 
     def test_each_keyword_has_its_documented_default(self) -> None:
-        defaults: dict[str, object] = {
-            "connect_timeout": 2.0,
-            "timeout": None,
-            "max_response": MEBIBYTE,
-            "request_timeout": 10.0,
-            "max_clients": 64,
-            "security_descriptor": None,
-            "root": "default",
-        }
+        defaults: dict[str, Any] = {"connect_timeout": 2.0, "timeout": None, "root": "default"}
+        defaults.update(max_response=MEBIBYTE, request_timeout=10.0, max_clients=64)
+        defaults.update(security_descriptor=None)
         calls: list[Any] = [getattr(vmshim, name) for name in vmshim.__all__]
         for call in calls:
             call = getattr(call, "__init__", call) if inspect.isclass(call) else call
