@@ -2621,7 +2621,6 @@ class ServerTest(ServerCase):
             server.close()
             self.assertLessEqual(lowest_free_handle(), before)
             VMShimServer(self.path, print)
-        self.assertLessEqual(lowest_free_handle(), before)
         self.caught(PipeNotFoundError, self.issue)
 
     def test_sixteen_clients_at_once_are_all_served(self) -> None:
