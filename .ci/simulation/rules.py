@@ -293,6 +293,8 @@ class Run:
         finally:
             self.handled_before = self.seconds_handled()
             self.handling -= 1
+            # Meanwhile the server could not see that Windows had refused it an instance.
+            slot.process.refused_at += self.scheduler.now - now
 
     def seconds_handled(self) -> float:
         """Return for how long a handler has run so far, in all."""
