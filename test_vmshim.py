@@ -1000,8 +1000,9 @@ class RequestTest(Case):
         for wire in NOT_DECODED:
             with self.subTest(wire=wire[:60]), self.assertRaises(ValueError):
                 VMRequest.from_json(wire)
-        error = self.caught(ValueError, VMRequest.from_json, b'{"ID":"a","Op":7}')
-        self.assertEqual(str(error), "Op must be a string")
+        self.assertRegex(
+            str(self.caught(ValueError, VMRequest.from_json, '{"Op":7}')), "^Op must be"
+        )
 
     def test_no_nesting_overflows_a_small_stack(self) -> None:
         code = """
