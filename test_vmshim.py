@@ -829,14 +829,13 @@ ENDS: dict[str, tuple[str, int, str]] = {
 PATH = r"\\.\pipe\x"
 LOOK_FIRST = "so the outcome is unknown; look at the container before you repeat the request"
 # What an operation fails with, the Win32 error, and the exception's kind, its errno and its text.
-LOST = 64, 109, 232, 233
 WIN32_ERRORS: tuple[tuple[Any, int, type[OSError], int, str], ...] = (
     (PipeOpenError, 2, PipeNotFoundError, errno.ENOENT, "no shim listens there"),
     (PipeOpenError, 5, PipeAccessError, errno.EACCES, "run this as an elevated administrator"),
     (PipeOpenError, 87, PipeOpenError, errno.EIO, "."),
     (PipeOpenError, 231, PipeBusyError, errno.ETIMEDOUT, "the pipe stayed busy; try again later"),
     (ConnectionLostError, 5, ConnectionLostError, errno.EPIPE, f"., {LOOK_FIRST}"),
-    *((ConnectionLostError, n, ConnectionLostError, errno.EPIPE, "was lost") for n in LOST),
+    *((ConnectionLostError, n, ConnectionLostError, 32, "was lost") for n in (64, 109, 232, 233)),
 )
 
 
@@ -1000,9 +999,8 @@ class RequestTest(Case):
         for wire in NOT_DECODED:
             with self.subTest(wire=wire[:60]), self.assertRaises(ValueError):
                 VMRequest.from_json(wire)
-        self.assertRegex(
-            str(self.caught(ValueError, VMRequest.from_json, '{"Op":7}')), "^Op must be"
-        )
+        with self.assertRaisesRegex(ValueError, "^Op must be a string$"):
+            VMRequest.from_json('{"Op":7}')
 
     def test_no_nesting_overflows_a_small_stack(self) -> None:
         code = """
