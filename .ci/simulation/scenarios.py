@@ -216,7 +216,8 @@ def _punctual(peer: Peer, draw: random.Random, request: Request) -> None:
             _take_answer(peer, handle, request, 100)
             # A server that stopped meanwhile has begun to tell it so, which takes time, too; and
             # the server's clock moves in steps of 15.6 ms.
-            request.timed_out = peer.run.stopping and request.outcome == "unknown"
+            is_ending = peer.run.stopping or peer.run.scheduler.tasks[0].interruptions > 0
+            request.timed_out = is_ending and request.outcome == "unknown"
 
 
 def _lingerer(peer: Peer, draw: random.Random, request: Request) -> None:
