@@ -375,8 +375,8 @@ class Run:
         """Whoever waits is told when the handler is done, whatever the next one takes."""
         if not request.ended or request.outcome == "interrupted" or self.killed or slot.faulty:
             return
-        if request.has_arrived() == math.inf:
-            return  # it waits until all of its message is read
+        if request.has_arrived() == math.inf or self.bad_server:
+            return  # it waits until all of its message is read, or a server of our own reads slowly
         ended, jumped = request.ended
         took = request.told - ended - (self.scheduler.jumped - jumped)
         # After Ctrl-C the server gives its clients half a second.
