@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 the vmshim maintainers
-# ruff: noqa: F403, F405
 """The tests of vmshim: `python test_vmshim.py`, or on Linux `.ci/wine-python test_vmshim.py`.
 
 What needs no pipe runs on every platform. The other tests use real pipes of the real kernel32,
