@@ -3007,6 +3007,22 @@ class ManyClientsTest(ServerCase):
                 self.assertEqual(len(logs.output), 2 if 0 in errors else 1)
                 self.assertIn("no client can be let in", logs.output[-1])
 
+    def test_connect_that_fails_without_an_error_does_not_make_the_server_deaf(self) -> None:
+        connect = vmshim._kernel32.ConnectNamedPipe
+        failures = [0]
+
+        def fail_once(*arguments: Any) -> Any:
+            if failures:
+                windows.set_last_error(0)  # as a signal's handler may have left it
+                return failures.pop()
+            return connect(*arguments)
+
+        with replacing("ConnectNamedPipe", fail_once), self.assertLogs("vmshim", logging.ERROR):
+            self.start_server()
+            wait_until(lambda: not failures)
+            time.sleep(0.2)  # the server has dropped that instance, and offers another
+            self.issue()
+
     def test_server_needs_one_thread_whatever_the_number_of_clients(self) -> None:
         threads = _thread._count()
         self.start_server(request_timeout=None)

@@ -1757,8 +1757,8 @@ class _Client:
             if error in (0, ERROR_MORE_DATA, ERROR_PIPE_CONNECTED):
                 then(operation)
                 continue
-            if error == ERROR_OPERATION_ABORTED:
-                continue  # Ctrl-C came before it began, so the server stops
+            if error == ERROR_OPERATION_ABORTED and self._server._is_stopping:
+                continue  # Ctrl-C came before it began
             if self.step == "connect" and error != ERROR_NO_DATA:  # that one came and went
                 self._server._pause_offers(error)
             elif self.step != "connect" and error != ERROR_BROKEN_PIPE:
