@@ -261,7 +261,11 @@ class PipeBusyError(PipeOpenError, TimeoutError):
 
 
 class ShimBusyError(NotSentError, _PipeError, TimeoutError):
-    """The time was over before the shim had read the request: it was busy with another one."""
+    """The time was over before the shim had read the request: it was busy with another one.
+
+    That it won't carry the request out rests on how hcsshim's shim reads: in whole buffers, and
+    from a pipe that has no buffers. Of a shim that reads otherwise, look at its state first.
+    """
 
     _means = errno.ETIMEDOUT, "the shim is busy with another request and has not read this one"
 
@@ -946,7 +950,8 @@ def issue_vm_request(
       UTF-8 can't carry, a path that is not a pipe path, a wrong timeout or max_response;
     - ShimError: the shim refused;
     - NotSentError (PipeBusyError, PipeNotFoundError, PipeAccessError, PipeOpenError,
-      NeedsWindowsError, ShimBusyError): it was not carried out and won't be; repeating is safe;
+      NeedsWindowsError, ShimBusyError): it was not carried out and won't be; repeating is safe
+      (for ShimBusyError see there on what that rests);
     - OutcomeUnknownError (ResponseTimeoutError, ConnectionLostError, or itself for an empty
       response): the request may have been carried out, or may be later.
     """
@@ -1913,7 +1918,7 @@ exit status:
   2    wrong arguments; nothing was sent
   3    nothing was sent: no such container or VM, nobody listens there, or as stderr says
   4    access denied; nothing was sent
-  5    the pipe or the shim stayed busy; the request was not carried out
+  5    the pipe or the shim stayed busy and has not read the request: it was not carried out
   6    no response in time, an empty one, or the connection was lost: the outcome is unknown
   70   a bug in vmshim; the traceback is on stderr
   130  Ctrl-C; if the request was under way, its outcome is unknown
@@ -2174,7 +2179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         failure: BaseException = error
     _print_failure(failure)
-    if "--handshake" in words and sys.stdout not in (None, sys.stderr):
+    if "--handshake" in words and getattr(sys, "stdout", None) not in (None, sys.stderr):
         _print(_describe(failure))  # a launched shim tells its parent, too
     elif "--json" in words or "--json-lines" in words:
         op = words[0] if words[0] in _COMMANDS else None
