@@ -1153,13 +1153,13 @@ FAULTS = {
 
 
 SCENARIOS: list[tuple[float, Callable[[Run], None]]] = [
-    (0.45, service),
-    (0.55, calm),
-    (0.75, in_line),
-    (0.85, exchange),
-    (0.95, plumbing),
-    (0.975, silence),
-    (0.985, full),
+    (0.50, in_line),
+    (0.76, service),
+    (0.82, calm),
+    (0.88, exchange),
+    (0.94, plumbing),
+    (0.97, silence),
+    (0.98, full),
     (0.99, hoard),
     (1.00, rivals),
 ]
