@@ -2108,9 +2108,9 @@ class ContainerTest(RegistryCase):
         self.write_container("none")
         for name in "100%", "%FF", "%", "%2", "%zz":
             self.write_container(name, state_of("x"))
-        self.write_container("good", state_of("good"))
+        self.write_container("%EF%BF%BD", state_of("\ufffd"))  # what a decoder puts for %FF
         with self.assertLogs("vmshim", logging.WARNING) as logs:
-            self.assertEqual(self.listed(), ["good"])
+            self.assertEqual(self.listed(), ["\ufffd"])
         self.assertEqual(len(logs.output), len(BROKEN_STATES) + 6)
         for name in "'none'", "'100%'", "'%FF'", "'%'", "'%2'", "'%zz'", "'broken0'":
             self.assertEqual(sum(name in line for line in logs.output), 1)
@@ -3240,6 +3240,7 @@ WRONG_USAGE = (  # the arguments, and part of what is said about them
     (("create", "--vm", GUID, "--timeout", "-1", "a"), "timeout"),
     (("create", "--vm", GUID, "--timeout=nan", "a"), "timeout"),
     (("create", "--vm", GUID, "--connect-timeout", "x", "a"), "float.*: 'x'"),
+    (("create", "--vm", GUID, "--connect-timeout", "-1", "a"), "--connect-timeout"),
     (("create", "--root", "", "a"), "root is empty"),
     (("list", "--root", ""), "root is empty"),
     (("list", "a"), "a"),
@@ -3311,8 +3312,9 @@ class CommandLineTest(Case):
         for failure in (None, *ends):
             _, status, outcome = ENDS.get(type(failure).__name__, ("", 0, "done"))
             with self.subTest(failure=failure), requests_ending(*[failure] * 9):
-                printed, [row], _ = run_json("create", "--vm", GUID, "--json", "a")
-                self.assertIsInstance(row.pop("elapsed_ms"), float)
+                with mock.patch.object(time, "monotonic", side_effect=(0.5, 1.75)):
+                    printed, [row], _ = run_json("create", "--vm", GUID, "--json", "a")
+                self.assertEqual(row.pop("elapsed_ms"), 1250.0)
                 self.assertEqual(row.pop("error") is None, failure is None)
                 sent = [os.environ.get("COMPUTERNAME"), "a", "create", vm_pipe_path(GUID)]
                 ended = [failure is None, status, outcome, isinstance(failure, NotSentError)]
@@ -3635,7 +3637,6 @@ class ProcessOnAPipeTest(ServerCase):
         self.assertEqual((process.wait(LONG), process.stderr.read().split()), (1, [b"boom"]))
         self.assertEqual([(row["id"], row["status"]) for row in rows], [*zip(ids, (0, 1, 0))])
         self.assertEqual([row["error"] for row in rows], [None, "boom", None])
-        self.assertGreaterEqual(min(row["elapsed_ms"] for row in rows), 0)
         self.assertEqual({row["pipe"] for row in rows}, {self.path})
         self.assertTrue(rows[0]["host"])
         self.assertEqual(requests, [(id, "unmount") for id in ids])
