@@ -114,7 +114,9 @@ class Slot:
     def _modules(self) -> dict[str, Any]:
         thread = types.ModuleType("_thread")
         thread.__dict__.update(
-            start_new_thread=self._start_new_thread,
+            start_new_thread=lambda function, arguments: id(
+                start_thread(self.kernel, self.process, "thread", lambda: function(*arguments))
+            ),
             get_ident=lambda: id(self.scheduler.current),
             interrupt_main=self._interrupt_main,
             _count=lambda: sum(not task.ended for task in self.scheduler.tasks[1:]),
@@ -165,16 +167,6 @@ class Slot:
 
     # _thread
 
-    def _start_new_thread(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
-        task = self.enter("start_new_thread")
-        scheduler = self.scheduler
-        if "start_new_thread" in self.faulty and scheduler.fault("start_new_thread"):
-            raise RuntimeError("can't start new thread")
-        started = start_thread(self.kernel, self.process, "thread", lambda: function(*arguments))
-        scheduler.note(f"starts {started!r}")
-        self.leave(task, "start_new_thread")
-        return id(started)
-
     def _interrupt_main(self) -> None:
         main = self.scheduler.tasks[0]
         main.interrupts = [main.points + 1]
@@ -203,7 +195,7 @@ class Library:
 
     def __init__(self, slot: Slot, name: str) -> None:
         self._slot = slot
-        self._name = name
+        self._name = name  # which the suite looks at
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -224,7 +216,6 @@ class Function:
         self.errcheck: Any = None
         self.errors = DOCUMENTED_ERRORS.get(name, ())
         self.makes_handle = name in ("CreateFileW", "CreateNamedPipeW")
-        self.implementation = getattr(Kernel, name)
 
     def __call__(self, *arguments: Any) -> Any:
         try:
@@ -247,7 +238,7 @@ class Function:
             task.last_error = self.errors[int(size * len(self.errors))]
             result = INVALID_HANDLE_VALUE if self.makes_handle else 0
         else:
-            result = self.implementation(slot.kernel, slot.process, *arguments)
+            result = getattr(slot.kernel, self.name)(slot.process, *arguments)
         if scheduler.keep_history:
             scheduler.note(describe_call(self.name, arguments, result, task.last_error))
         # The result exists before a Ctrl-C can make it get lost.
@@ -272,7 +263,6 @@ class Freeing:
         self.name = name
         self.argtypes: Any = None
         self.restype: Any = None
-        self.implementation = getattr(Kernel, name)
 
     def __call__(self, object_: Any) -> int:
         slot = self.slot
@@ -281,7 +271,7 @@ class Freeing:
             return 1  # of an earlier run, or of a call that failed
         if slot.scheduler.keep_history:
             slot.scheduler.note(f"{self.name} {value & 0xFFFF:#x}")
-        result: int = self.implementation(slot.kernel, slot.process, object_)
+        result: int = getattr(slot.kernel, self.name)(slot.process, object_)
         return result
 
 

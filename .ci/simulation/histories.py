@@ -10,10 +10,10 @@ brackets, the source; then the steps, explained at `Steps`, each by its function
     join w -> 2 or 121              nobody is sure; the model does either
 
 A step with by=ACCOUNT is done by another user: such a history can be run on the model only. In a
-path, % stands for a name of the history's own, and _ for a space. `--differences` lists where Wine
-does otherwise. The sources: K32, NT and NTF are Wine's conformance tests (kernel32/tests/pipe.c,
-ntdll/tests/pipe.c, ntdll/tests/file.c; they pass on Windows, so they say what Windows does), DOCS
-is Microsoft's documentation, NPFS ReactOS' driver, WINIO go-winio.
+path, % stands for a name of the history's own, and _ for a space. The sources: K32, NT and NTF are
+Wine's conformance tests (pipe.c of kernel32/tests, pipe.c and file.c of ntdll/tests; they pass on
+Windows, so they say what Windows does), DOCS is Microsoft's documentation, NPFS ReactOS' driver,
+WINIO go-winio.
 """
 
 from __future__ import annotations
@@ -824,16 +824,6 @@ def compare(history: History, api: Api, path: str, *, wine: bool) -> list[str]:
     return wrong
 
 
-def differences() -> list[str]:
-    """Return where Wine answers otherwise than Windows, with the source for Windows' answer."""
-    return [
-        f"{history.name}: {step.call}: {step.windows[0]}, Wine {step.wine[0]} ({history.source})"
-        for history in HISTORIES
-        for step in history.steps
-        if step.windows != step.wine
-    ]
-
-
 # ---- On the real kernel -------------------------------------------------------------------------
 
 _H = ctypes.c_void_p
@@ -890,9 +880,6 @@ def real_api() -> Api:
 
 def main() -> int:
     """Run the histories on the kernel that this Python runs on."""
-    if "--differences" in sys.argv:
-        print("\n".join(differences()))
-        return 0
     api = real_api()
     wine = hasattr(ctypes.CDLL("ntdll"), "wine_get_version")
     wrong = []

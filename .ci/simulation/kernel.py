@@ -22,6 +22,7 @@ What nobody knows about Windows is done either way, as the seed decides (Schedul
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import re
@@ -30,7 +31,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, NamedTuple
 
 from simulation.histories import SecurityAttributes
 
@@ -138,7 +139,6 @@ class Waitable:
     def __init__(self, signaled: bool) -> None:
         self.signaled = signaled
         self.manual_reset = True
-        self.references = 0
         self.waiters: list[Any] = []
         self.signaled_for: set[Any] = set()  # whose operations have ended since the last reset
         self.missed_by: set[Any] = set()  # whose signal the start of another operation took away
@@ -263,18 +263,18 @@ class Operation:
         self.buffer: Any = None
         self.held: Any = None
         self.event: Event | None = None
-        self.queue: Queue | None = None
+        self.queue: Queue | None = None  # where a write waits
+        self.line: Any = None  # where any other waits
         self.serial = 0
         self.written = b""
         self.message_reads = file.message_reads
         self.waiters: list[Any] = []
 
 
-class Descriptor:
+class Descriptor(NamedTuple):
     """A security descriptor's DACL: what is allowed or denied to whom."""
 
-    def __init__(self, entries: Any) -> None:
-        self.entries = entries
+    entries: Any
 
     def rights(self, trustees: frozenset[str]) -> int:
         """Return what somebody may do who is all of these."""
@@ -300,7 +300,6 @@ DEFAULT_DESCRIPTOR = Descriptor(
 # ---- The kernel ---------------------------------------------------------------------------------
 
 _HARMLESS = ("CancelIoEx", "SetEvent", "read", "write")  # where there is no handle
-_KEYS: dict[str, tuple[str, int]] = {}  # paths that have been looked at
 _PROTECTED = "PROTECTEDPREFIX\\ADMINISTRATORS\\"
 _SDDL = re.compile(r"(?:[OG]:[A-Z0-9-]+)*(?:D:([A-Z]*)((?:\([^()]*\))*))?(?:S:.*)?")
 _ACE = re.compile(r"\(([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*);([^;()]*)\)")
@@ -326,7 +325,6 @@ class Kernel:
         self.strict = strict
         self.reuse_handles = reuse_handles or not strict
         self.judges_waits = strict
-        self.keys = _KEYS
         self.names: dict[str, PipeName] = {}
         self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
@@ -338,10 +336,6 @@ class Kernel:
             self.world.broken(rule, text)
 
     # Handles.
-
-    def _error(self, code: int) -> int:
-        self.world.current.last_error = code
-        return 0
 
     def _result(self, code: int) -> int:
         """Return as a function with a BOOL does: 1, or 0 and the error."""
@@ -358,7 +352,6 @@ class Kernel:
             # each use of a closed handle shows.
             value = next(v for v in itertools.count(4, 4) if v not in process.handles)
         process.handles[value] = object_
-        object_.references += 1
         return value
 
     def _object(self, process: Process, handle: Any, kind: type, function: str) -> Any:
@@ -369,13 +362,12 @@ class Kernel:
             return found
         if value in (0, INVALID_HANDLE_VALUE) and function in _HARMLESS:
             return None  # it fails; nobody else's handle has these values
-        if self.strict:
-            state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"
-            self._broken("handle", f"{function} got a handle that is {state}: {value:#x}")
+        state = "of another kind" if found else "closed" if 0 < value < 2**31 else "no handle"
+        self._broken("handle", f"{function} got a handle that is {state}: {value:#x}")
         return None
 
     def CloseHandle(self, process: Process, handle: Any) -> int:
-        """Close a handle; the last one to an end of a pipe closes that end."""
+        """Close a handle, and the end of a pipe that it stands for; each object has one handle."""
         value = _value(handle)
         object_ = process.handles.pop(value, None)
         if object_ is None:
@@ -384,15 +376,9 @@ class Kernel:
             if value:
                 self._broken("handle", f"CloseHandle({value:#x}), which is closed already")
             return self._result(ERROR_INVALID_HANDLE) if self.world.current else 0
-        self._release(object_)
-        return 1
-
-    def _release(self, object_: Waitable) -> None:
-        object_.references -= 1
-        if object_.references:
-            return
         if isinstance(object_, File):
             self._close_end(object_)
+        return 1
 
     def end_process(self, process: Process) -> None:
         """Do what Windows does when a process ends: cancel its operations, close its handles."""
@@ -401,9 +387,8 @@ class Kernel:
             self._withdraw(operation)
             operation.phase = "ended"
         process.operations.clear()
-        for object_ in list(process.handles.values()):
-            self._release(object_)
-        process.handles.clear()
+        for handle in list(process.handles):
+            self.CloseHandle(process, handle)
 
     def end_thread(self, process: Process, task: Any) -> None:
         """Cancel what a thread that ends has started."""
@@ -433,32 +418,10 @@ class Kernel:
 
     # https://learn.microsoft.com/windows/win32/fileio/naming-a-file and the life of an instance.
 
-    def _key(self, path: Any) -> tuple[str, int]:
-        """Return a pipe's name in the form in which names are compared, or an error."""
-        path = _text(path)
-        found = self.keys.get(path)
-        if found is None:
-            found = self.keys[path] = self._find_key(path)
-        return found
-
-    def _find_key(self, path: str) -> tuple[str, int]:
-        if not path:
-            return "", ERROR_PATH_NOT_FOUND
-        if path.startswith("\\\\?\\"):
-            rest = path[4:]
-        else:
-            match = re.match(r"[\\/]{2}([^\\/]+)[\\/](.*)", path, re.DOTALL)
-            if not match or match.group(1) != ".":
-                return "", ERROR_INVALID_NAME
-            rest = _normalize(match.group(2))
-        if rest[:5].upper() != "PIPE\\" or len(rest) == 5:
-            return "", ERROR_INVALID_NAME
-        return rest[5:].upper(), 0
-
     def CreateNamedPipeW(self, process: Process, path: Any, *arguments: Any) -> int:
         """Make an instance, which listens at once."""
         open_mode, pipe_mode, max_instances, out_size, in_size, timeout, attributes = arguments
-        key, error = self._key(path)
+        key, error = _key(_text(path))
         access = open_mode & PIPE_ACCESS_DUPLEX
         message_type = bool(pipe_mode & PIPE_TYPE_MESSAGE)
         message_reads = bool(pipe_mode & PIPE_READMODE_MESSAGE)
@@ -473,7 +436,7 @@ class Kernel:
             error = self._may_add(process, name, access, open_mode)
         if error:
             process.refused_at = self.world.now
-            self._error(error)
+            self._result(error)
             return INVALID_HANDLE_VALUE
         if name is None:
             name = PipeName(
@@ -529,7 +492,7 @@ class Kernel:
     def CreateFileW(self, process: Process, path: Any, access: int, *arguments: Any) -> int:
         """Open a pipe: the instance that has listened longest gets the client."""
         _share, _attributes, _disposition, flags, _template = arguments
-        key, error = self._key(path)
+        key, error = _key(_text(path))
         name = self.names.get(key)
         if not error and name is None:
             below = key.split("\\")
@@ -550,7 +513,7 @@ class Kernel:
             elif not listening:
                 error = ERROR_PIPE_BUSY
         if error:
-            self._error(error)
+            self._result(error)
             return INVALID_HANDLE_VALUE
         instance = min(listening, key=lambda instance: instance.listening_since)
         file = File(instance, wanted, bool(flags & FILE_FLAG_OVERLAPPED), False)
@@ -565,7 +528,7 @@ class Kernel:
 
     def WaitNamedPipeW(self, process: Process, path: Any, milliseconds: int) -> int:
         """Wait until an instance is offered. Nothing is reserved: it may be taken by then."""
-        key, error = self._key(path)
+        key, error = _key(_text(path))
         name = self.names.get(key)
         if error or name is None:
             return self._result(error or ERROR_FILE_NOT_FOUND)
@@ -586,7 +549,7 @@ class Kernel:
         return self._result(ERROR_FILE_NOT_FOUND if gone else ERROR_SEM_TIMEOUT)
 
     def _close_end(self, file: File) -> None:
-        """The last handle to an end is closed."""
+        """An end is closed."""
         instance = file.instance
         file.closed_at = self.world.now
         for operation in list(file.operations):
@@ -673,7 +636,8 @@ class Kernel:
         else:
             if state is DISCONNECTED:
                 self._listen(file.instance)
-            file.instance.connects.append(operation)
+            operation.line = file.instance.connects
+            operation.line.append(operation)
         return self._started(operation, status, None)
 
     def ReadFile(
@@ -698,8 +662,8 @@ class Kernel:
             status = PIPE_BROKEN
         else:
             status = PENDING
-            operation.queue = file.incoming
-            file.incoming.reads.append(operation)
+            operation.line = file.incoming.reads
+            operation.line.append(operation)
         return self._started(operation, status, count)
 
     def _take(self, queue: Queue, size: int, message_reads: bool) -> tuple[int, bytes]:
@@ -811,24 +775,9 @@ class Kernel:
         elif self._state(file) is CONNECTED and file.outgoing.messages:
             status = PENDING
             operation.serial = file.outgoing.next_serial
-            operation.queue = file.outgoing
-            file.outgoing.flushes.append(operation)
+            operation.line = file.outgoing.flushes
+            operation.line.append(operation)
         return self._started(operation, status, None)
-
-    def SetNamedPipeHandleState(
-        self, process: Process, handle: Any, mode: Any, count: Any, timeout: Any
-    ) -> int:
-        """Choose between byte and message reads."""
-        file = self._object(process, handle, File, "SetNamedPipeHandleState")
-        if not file:
-            return self._result(ERROR_INVALID_HANDLE)
-        if file.cut:
-            return self._result(ERRORS[PIPE_DISCONNECTED])
-        message_reads = bool(_number(getattr(mode, "_obj", mode)) & PIPE_READMODE_MESSAGE)
-        if message_reads and not file.instance.name.message_type:
-            return self._result(ERROR_INVALID_PARAMETER)
-        file.message_reads = message_reads
-        return 1
 
     # https://learn.microsoft.com/windows/win32/api/minwinbase/ns-minwinbase-overlapped
 
@@ -844,7 +793,7 @@ class Kernel:
         """Begin an operation: the event, or else the handle, is reset, and Internal is pending."""
         file = self._object(process, handle, File, kind)
         if not file:
-            self._error(ERROR_INVALID_HANDLE)
+            self._result(ERROR_INVALID_HANDLE)
             return None
         operation = Operation(kind, process, self.world.current, file, size)
         overlapped = getattr(overlapped, "_obj", overlapped)
@@ -854,7 +803,8 @@ class Kernel:
             if before and before.phase == "pending":
                 self._broken("memory", f"{kind} uses the OVERLAPPED of a pending operation")
             operation.address = address
-            operation.with_overlapped = weakref.ref(overlapped, self._overlapped_freed(operation))
+            freed = self._freed(operation, "OVERLAPPED")
+            operation.with_overlapped = weakref.ref(overlapped, freed)
             event = overlapped.hEvent
             if event:
                 operation.event = self._object(process, event, Event, kind)
@@ -864,28 +814,18 @@ class Kernel:
             overlapped.Internal = PENDING
         self._reset(file)
         if kind == "read":
-            self._watch_buffer(operation, buffer)
+            buffer = getattr(buffer, "_obj", buffer)
+            operation.buffer = weakref.ref(buffer, self._freed(operation, "buffer"))
         elif kind == "write":
             operation.held = buffer
         return operation
 
-    def _watch_buffer(self, operation: Operation, buffer: Any) -> None:
-        buffer = getattr(buffer, "_obj", buffer)
-        operation.buffer = weakref.ref(buffer, self._buffer_freed(operation))
-
-    def _overlapped_freed(self, operation: Operation) -> Callable[[Any], None]:
+    def _freed(self, operation: Operation, what: str) -> Callable[[Any], None]:
         def freed(reference: Any) -> None:
-            if self.started.get(operation.address) is operation:
+            if operation.phase == "pending" and not operation.process.dead:
+                self._broken("memory", f"{what} of a pending {operation.kind} is freed")
+            elif self.started.get(operation.address) is operation:
                 del self.started[operation.address]
-            if operation.phase == "pending" and not operation.process.dead:
-                self._broken("memory", f"OVERLAPPED of a pending {operation.kind} is freed")
-
-        return freed
-
-    def _buffer_freed(self, operation: Operation) -> Callable[[Any], None]:
-        def freed(reference: Any) -> None:
-            if operation.phase == "pending" and not operation.process.dead:
-                self._broken("memory", f"buffer of a pending {operation.kind} is freed")
 
         return freed
 
@@ -926,19 +866,10 @@ class Kernel:
         """Take an operation out of the queue that it waits in."""
         if operation.finished:
             return
-        instance, queue = operation.file.instance, operation.queue
-        if operation.kind == "connect":
-            if operation in instance.connects:
-                instance.connects.remove(operation)
-        elif queue is None:
-            pass
-        elif operation.kind == "read":
-            if operation in queue.reads:
-                queue.reads.remove(operation)
-        elif operation.kind == "flush":
-            if operation in queue.flushes:
-                queue.flushes.remove(operation)
-        else:
+        line, queue = operation.line, operation.queue
+        if line is not None and operation in line:
+            line.remove(operation)
+        if operation.kind == "write" and queue is not None:
             for message in list(queue.messages):
                 if message.operation is operation:
                     queue.messages.remove(message)
@@ -1076,7 +1007,7 @@ class Kernel:
         """Wait for a signal."""
         waitable = self._object(process, handle, Waitable, "WaitForSingleObject")
         if not waitable:
-            self._error(ERROR_INVALID_HANDLE)
+            self._result(ERROR_INVALID_HANDLE)
             return WAIT_FAILED
         if self.judges_waits and milliseconds:
             self._check_wait(process, waitable, milliseconds)
@@ -1130,7 +1061,7 @@ class Kernel:
             return self._result(int(str(error)))
         address = 0x10000 + 16 * (len(process.descriptors) + 1)
         process.descriptors[address] = parsed
-        _store_pointer(descriptor, address)
+        getattr(descriptor, "_obj", descriptor).value = address
         return 1
 
     def LocalFree(self, process: Process, memory: Any) -> int:
@@ -1157,10 +1088,6 @@ def _value(handle: Any) -> int:
     return value & INVALID_HANDLE_VALUE
 
 
-def _number(value: Any) -> int:
-    return int(getattr(value, "value", value) or 0)
-
-
 def _text(text: Any) -> str:
     return str(getattr(text, "value", text) or "")
 
@@ -1182,10 +1109,19 @@ def _store(target: Any, number: int) -> None:
     target.value = number
 
 
-def _store_pointer(target: Any, address: int) -> None:
-    target = getattr(target, "_obj", target)
-    if target is not None:
-        ctypes.c_void_p.from_buffer(target).value = address or None
+@functools.lru_cache(maxsize=None)
+def _key(path: str) -> tuple[str, int]:
+    """Return a pipe's name in the form in which names are compared, or an error."""
+    if not path:
+        return "", ERROR_PATH_NOT_FOUND
+    if path.startswith("\\\\?\\"):
+        rest = path[4:]
+    else:
+        match = re.match(r"[\\/]{2}\.[\\/](.*)", path, re.DOTALL)
+        rest = _normalize(match.group(1)) if match else ""
+    if rest[:5].upper() != "PIPE\\" or len(rest) == 5:
+        return "", ERROR_INVALID_NAME
+    return rest[5:].upper(), 0
 
 
 def _normalize(path: str) -> str:

@@ -112,7 +112,6 @@ class Run:
         self.fine = self.random.random() < 0.3  # a switch point after each call, too
         self.deep_rate = random.Random(seed).choice((0.0, 0.001, 0.01))
         self.strangers_may_open = False
-        self.like_reference = False  # the server does what the reference does
         self.bad_server = False  # the requests go to a server that isn't vmshim's
         self.handling = 0
         self.handling_since = 0.0
@@ -138,9 +137,7 @@ class Run:
 
     def main(self, slot: Slot, function: Callable[[], None]) -> Task:
         """Start a process' main thread, the one that Ctrl-C hits."""
-        task = start_thread(self.kernel, slot.process, "main", function)
-        task.is_main = True
-        return task
+        return start_thread(self.kernel, slot.process, "main", function)
 
     def kill(self, process: Process) -> None:
         """End a process at a bad moment."""
@@ -188,13 +185,6 @@ class Run:
             self.broken("left", f"{process.name} has operations pending {when}: {kinds}")
         if under_way:
             self.broken("left", f"{process.name} keeps memory of operations {when}")
-        threads = [
-            task.name
-            for task in self.scheduler.tasks
-            if task.process is process and task.name == "thread" and not task.ended
-        ]
-        if threads:
-            self.broken("left", f"{process.name} has a thread left {when}")
 
     def _use_another_pipe(self, slot: Slot) -> None:
         self.scheduler.note("one more operation, which gives back what is left")
@@ -408,11 +398,8 @@ class Run:
             if request.must_be_answered and self.quiet and not answered and answer != "exit":
                 self.broken("ledger", f"{request} was under way and saw {outcome}")
             has_asked = request.file or outcome != "none"
-            if (
-                self.must_answer
-                and has_asked
-                and (outcome not in ("success", "refused") or not handled)
-            ):
+            is_answered = handled and outcome in ("success", "refused")
+            if self.must_answer and has_asked and not is_answered:
                 self.broken("calm", f"{request} saw {outcome}, and nothing had gone wrong")
             if outcome == "success" and not (handled and answer == "success"):
                 self.broken("ledger", f"{request} saw success: {answer}, handled: {handled}")
@@ -439,7 +426,8 @@ class Run:
             right = [expected]
         # Who reads a byte at a time may see the server die in the middle of its text, or give the
         # client up when a call fails, the clock jumps, or a second Ctrl-C has it drop everybody.
-        cut = self.killed or self.faulty() or self.scheduler.jumped or self.was_cut_short()
+        cut = self.killed or self.faulty() or self.scheduler.jumped
+        cut = cut or self.scheduler.tasks[0].interruptions > 1
         whole = seen in right and seen != b"\0OK\0"
         if not whole and not (cut and any(text.startswith(seen) for text in right)):
             self.broken("ledger", f"{request} saw {seen[:80]!r}: {request.answer}")
@@ -467,10 +455,6 @@ class Run:
         at_rest = main.interrupted_in.startswith(("sleep", "WaitForSingleObject"))
         if len(lost) > (0 if at_rest else interruptions):
             self.broken("ledger", f"{' and '.join(lost)} saw nothing, Ctrl-C: {interruptions}")
-
-    def was_cut_short(self) -> bool:
-        """Tell whether the server was interrupted twice."""
-        return self.scheduler.tasks[0].interruptions > 1
 
     def _check_bad_server(self, request: Request) -> None:
         """Compare what a client saw with what a server has answered that isn't vmshim's."""

@@ -1,9 +1,9 @@
 """Who goes on, and when: one thing runs at a time, a seed decides which, and time is virtual.
 
 Each simulated thread is a greenlet. It gives way at switch points only: the calls into the kernel,
-sleeps, the starts and ends of threads, and in the deep mode each bytecode of
-vmshim.py. All that a run decides (who is next, what fails, what is late) goes through one
-`Decisions` object, which remembers it, so a run can be repeated with fewer of them.
+sleeps, and in the deep mode each bytecode of vmshim.py. All that a run decides (who is next, what
+fails, what is late) goes through one `Decisions` object, which remembers it, so a run can be
+repeated with fewer of them.
 
 Two ways to choose who is next: uniformly at random, and PCT (Burckhardt and others, "A randomized
 scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010): each thread has a random
@@ -29,17 +29,15 @@ MAX_SECONDS = 120.0  # of virtual time: no scenario takes longer
 class Task:
     """A simulated thread."""
 
-    def __init__(self, process: Process, name: str, function: Callable[[], object]) -> None:
+    def __init__(self, process: Process, name: str) -> None:
         self.process = process
         self.name = name
         self.label = f"{process.name}/{name}"
-        self.function = function
         self.last_error = 0
         self.sleeping = False
         self.token = 0  # which of its sleeps it is in
         self.woken = False
         self.ended = False
-        self.is_main = False
         self.priority = 0.0
         self.points = 0  # how often it could have been interrupted
         self.interrupts: list[int] = []  # at which of those it is, in order
@@ -83,7 +81,7 @@ class Decisions:
             if step in self.changes and current:
                 self.lowest -= 1
                 current.priority = self.lowest
-            chosen = max(tasks, key=_priority)
+            chosen = max(tasks, key=lambda task: task.priority)
         else:
             chosen = tasks[int(self.random.random() * len(tasks))]
         if chosen is not current:
@@ -145,14 +143,6 @@ class Replay(Decisions):
         return self.given_faults.get(self.asked, 0.0)
 
 
-def _nothing() -> None:
-    """What a thread that has ended would do."""
-
-
-def _priority(task: Task) -> float:
-    return task.priority
-
-
 class Scheduler:
     """The world of one run: its clock, its threads, its history."""
 
@@ -195,7 +185,7 @@ class Scheduler:
         self.runnable.remove(task)
         if deadline < math.inf:
             self._add_timer(deadline + 5 * self.delay("wake"), task, task.token)
-        self._switch(self._next(None))
+        self._switch(self._next())
         woken: bool = task.woken
         return woken
 
@@ -263,27 +253,25 @@ class Scheduler:
 
     def spawn(self, process: Process, name: str, function: Callable[[], object]) -> Task:
         """Start a thread; it runs when it is chosen."""
-        task = Task(process, name, function)
+        task = Task(process, name)
         task.priority = self.decisions.priority()
-        task.greenlet = Greenlet(self._body, self.hub)
+        task.greenlet = Greenlet(lambda: self._body(task, function), self.hub)
         self.tasks.append(task)
         self.runnable.append(task)
         return task
 
-    def _body(self, task: Task) -> None:
+    def _body(self, task: Task, function: Callable[[], object]) -> None:
         try:
-            task.function()
+            function()
         except GreenletExit:
             pass
         finally:
             task.ended = True
-            task.function = _nothing  # lets go of what it refers to
             self.note("ends")
             if task in self.runnable:
                 self.runnable.remove(task)
         if not self.ending:
-            following = self._next(None)
-            self.current = following
+            self.current = self._next()
             # The dying greenlet hands over to its parent, the hub, which goes on with this one.
 
     def kill(self, process: Process) -> None:
@@ -295,7 +283,7 @@ class Scheduler:
                 if task in self.runnable:
                     self.runnable.remove(task)
         if self.current and self.current.process is process:
-            self._switch(self._next(None))
+            self._switch(self._next())
 
     def point(self) -> None:
         """Let another thread go on, perhaps."""
@@ -341,7 +329,7 @@ class Scheduler:
         self.point()
         self.block(self.now + max(seconds, STEP))
 
-    def _next(self, current: Task | None) -> Task | None:
+    def _next(self) -> Task | None:
         """Return who goes on when the current thread can't; the time moves on if nobody can."""
         if self.violations:
             return None
@@ -361,7 +349,7 @@ class Scheduler:
             self._fire()
         if len(self.runnable) == 1:
             return self.runnable[0]
-        return self.decisions.pick(self.runnable, current, self.steps)
+        return self.decisions.pick(self.runnable, None, self.steps)
 
     def _switch(self, task: Task | None) -> None:
         if task is self.current and task is not None:
@@ -370,7 +358,7 @@ class Scheduler:
         if task is None:
             self.hub.switch()
         else:
-            task.greenlet.switch(task) if not task.greenlet else task.greenlet.switch()
+            task.greenlet.switch()
         if self.ending:
             raise GreenletExit
 
@@ -394,13 +382,9 @@ class Scheduler:
 
     def run(self) -> None:
         """Go on until all threads have ended, or a rule is broken."""
-        self.current = self._next(None)
+        self.current = self._next()
         while self.current is not None and not self.violations:
-            task = self.current
-            if task.greenlet:
-                task.greenlet.switch()
-            else:
-                task.greenlet.switch(task)
+            self.current.greenlet.switch()
         self.current = None
 
     def finish(self) -> None:

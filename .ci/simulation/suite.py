@@ -44,8 +44,7 @@ def run_suite(path: str, only: str) -> int:
         runner = make_runner(sys.stderr, resultclass=_Result)
         results.append(runner.run(_pipe_tests(tests, only)))
 
-    task = start_thread(kernel, slot.process, "main", main)
-    task.is_main = True
+    start_thread(kernel, slot.process, "main", main)
     scheduler.run()
     scheduler.finish()
     for line in scheduler.violations:
