@@ -1480,6 +1480,7 @@ class PipeTest(PipeCase):
         with spying("WaitForSingleObject") as waits:
             error = self.caught(ResponseTimeoutError, client.read, 10)
         self.assertLessEqual({milliseconds for _, milliseconds in waits}, set(range(101)))
+        self.assertLess(sum(milliseconds for _, milliseconds in waits), 300)
         self.assertGreaterEqual(time.monotonic(), client.deadline)
         self.assertIsInstance(error, TimeoutError)
         self.assertEqual((error.errno, error.winerror), (errno.ETIMEDOUT, 258))
@@ -1538,12 +1539,13 @@ class PipeTest(PipeCase):
     def test_memory_is_kept_before_an_operation_starts_and_has_its_byte_count(self) -> None:
         client, server = self.pair()
         server.write(b"response")
-        kept: list[int] = []
-        look = {"before": lambda: kept.append(len(vmshim._under_way))}
+        kept: list[Any] = []
+        look = {"before": lambda: kept.extend(vmshim._under_way.values())}
         with spying("WriteFile", **look) as writes, spying("ReadFile", **look) as reads:
             client.write(b"request")
-            client.read(10)
-        self.assertEqual(kept, [1, 1])
+            client.read(MEBIBYTE)
+        self.assertEqual(kept, [(call[4], call[1:4]) for call in (*writes, *reads)])
+        self.assertLessEqual(reads[0][2], len(reads[0][1]))
         self.assertEqual([call[3] for call in (*writes, *reads)], [None, None])
         self.assert_nothing_is_under_way()
 
@@ -1839,6 +1841,8 @@ class ExchangeTest(PipeCase):
             with spying("WriteFile") as writes:
                 self.assertEqual(str(self.refusal()), "too long")
             self.assertEqual(len(writes), 1)
+        self.fake_shim(lambda pipe: pipe.read(5), writing(b"too long"), inbound=0)
+        self.assertEqual(self.refusal(max_response=4).response, b"too l")
 
     def test_server_that_never_responds_is_a_timeout_with_unknown_outcome(self) -> None:
         for without_end in [], [writing(SHIM_SUCCESS)]:
