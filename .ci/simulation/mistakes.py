@@ -45,6 +45,7 @@ what ended by itself is no timeout
     if is_late and error == ERROR_OPERATION_ABORTED:  =>  if is_late:
 close() ends what is under way
 -                _kernel32.CancelIoEx(self._handle, None)
++                pass
 close() closes the handle
 -            # This closes the handle, unless another thread's operation still has it.
 -            self._handle = None
@@ -77,12 +78,12 @@ a request is never repeated
 who timed out in line is told so
     raise ShimBusyError(*ShimBusyError._means, pipe.name, WAIT_TIMEOUT) from None  =>  raise
 where the object fills a buffer nobody is sure
--        if size % 512 == 0 and blocks & (blocks - 1) == 0:
+-        if rest == 0 and blocks & (blocks + 1) == 0:
 -            raise
 the newline isn't part of the object
-    size = len(message) - len(b"\n")  =>  size = len(message)
+    divmod(len(message) - len(b"\n"), 512)  =>  divmod(len(message), 512)
 a buffer grows to twice its size and 512
-    blocks & (blocks - 1) == 0  =>  blocks == 2
+    blocks & (blocks + 1) == 0  =>  blocks == 1
 a timeout of the response is unknown
 -        pipe.write(message)
 -    except ResponseTimeoutError:
@@ -94,12 +95,12 @@ a timeout of the response is unknown
 
 # The handler.
 a request is carried out once
--        response = self._call_handler(request)
-+        response = self._call_handler(request) and self._call_handler(request)
+-        response = self._call_handler(client.request)
++        response = self._call_handler(client.request) and self._call_handler(client.request)
 the handler comes before success
--        response = self._call_handler(request)
+-        response = self._call_handler(client.request)
 +        client.respond(SHIM_SUCCESS)
-+        response = self._call_handler(request)
++        response = self._call_handler(client.request)
 who has gone is not carried out
     if not client.is_there():  =>  if False:
 a read is always under way
@@ -115,7 +116,7 @@ the client before may take its response first
 a courtesy is short
     _COURTESY = 0.01  =>  _COURTESY = 0.1
 the handler's time doesn't count
-    other.deadline += seconds  # nobody could be attended to  =>  pass
+    other.deadline += time.monotonic() - began  # nobody could be attended to  =>  pass
 shutdown() in the handler doesn't wait for itself
     not (is_here or sys.is_finalizing())  =>  not sys.is_finalizing()
 a refusal arrives byte for byte
@@ -148,6 +149,8 @@ a look takes note that it has looked
 a wait ends when a client's time is over
 -        seconds = max(0.0, min(seconds, deadline - time.monotonic()))
 +        seconds = max(0.0, min(seconds, deadline))
+a request is complete only when its message is wholly read
+    elif is_complete and read.error() != ERROR_MORE_DATA:  =>  elif is_complete:
 the bound is exact
     len(self._clients) >= self.max_clients  =>  len(self._clients) > self.max_clients
 one instance is offered at a time
@@ -209,13 +212,13 @@ shutdown() waits for the run
     while run and self._runs  =>  while False and self._runs
 a run that follows isn't stopped by the last one's call
 -        self._is_stopping = False
--        if self._is_closed:
-+        if self._is_closed:
+-        self._runs.clear()
++        self._runs.clear()
 a server that is closed while it serves gives its name up
--        self._is_stopping = False
+-        self._runs.clear()
 -        if self._is_closed:
 -            self._release()
-+        self._is_stopping = False
++        self._runs.clear()
 who waits is told that the server stops
 -        if self.step in ("send", "wait"):
 -            self.respond(_STOPPED)
@@ -245,7 +248,7 @@ the end of a run drops its clients
 -        self._is_stopping
 +        self._is_stopping
 the first instance is the first
-    FILE_FLAG_FIRST_PIPE_INSTANCE if first else 0  =>  0 if first else 0
+    FILE_FLAG_FIRST_PIPE_INSTANCE if attributes else 0  =>  0
 a client that came early isn't lost
 -            self._came_early.append(self._handle)
 nobody else can connect to the name's keeper
