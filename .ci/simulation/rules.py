@@ -97,6 +97,7 @@ class Run:
         self.seed = seed
         self.random = random.Random(seed)
         self.scheduler = Scheduler(decisions, keep_history=keep_history)
+        self.broken = self.scheduler.broken
         self.kernel = Kernel(self.scheduler)
         self.kernel.on_write = self._written
         self.written: dict[File, bytes] = {}
@@ -162,14 +163,11 @@ class Run:
         late = self.scheduler.jumped - jumped
         return not (self.killed or self.faulty() or interrupted or late >= TOLERANCE)
 
-    def broken(self, rule: str, text: str) -> None:
-        """Take note that a rule is broken."""
-        self.scheduler.broken(rule, text)
-
     def check_clean(self, slot: Slot, when: str) -> None:
         """A process that is through has nothing left, and needs no garbage collection for that.
 
-        What Ctrl-C has left is given back by the next operation after Windows has let go of it.
+        What Ctrl-C has left is given back by the next operation after Windows has let go of it. A
+        third Ctrl-C may leave the memory of an operation for good.
         """
         process = slot.process
         under_way = slot.module.__dict__["_under_way"]
@@ -183,7 +181,7 @@ class Run:
         if process.operations:
             kinds = ", ".join(operation.kind for operation in process.operations)
             self.broken("left", f"{process.name} has operations pending {when}: {kinds}")
-        if under_way:
+        if under_way and self.scheduler.current.interruptions < 3:
             self.broken("left", f"{process.name} keeps memory of operations {when}")
 
     def _use_another_pipe(self, slot: Slot) -> None:
@@ -357,8 +355,8 @@ class Run:
                 self.broken("timeout", f"{request} took {took:.3f} s, not {allowed:.3f}")
 
     def _check_kept(self, slot: Slot, error: BaseException) -> None:
-        """An exception that somebody keeps must not keep the connection."""
-        if slot.process.handles:
+        """An exception that somebody keeps must not keep the connection (a third Ctrl-C may)."""
+        if slot.process.handles and self.scheduler.current.interruptions < 3:
             self.broken("left", f"{error!r} keeps a handle of {slot.process.name} open")
 
     def _check_told(self, slot: Slot, request: Request) -> None:

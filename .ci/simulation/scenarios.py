@@ -33,6 +33,7 @@ class Peer:
         self.process = Process(name, account=account)
         self.kernel = run.kernel
         self.world = run.scheduler
+        self.sleep = run.scheduler.sleep
 
     def start(self, behave: Callable[[], None]) -> Task:
         """Start it; its process ends with it."""
@@ -51,10 +52,6 @@ class Peer:
         result: int = getattr(self.kernel, name)(self.process, *arguments)
         self.world.note(f"{name} = {result:#x}")
         return result
-
-    def sleep(self, seconds: float) -> None:
-        """Do nothing for a while."""
-        self.world.sleep(seconds)
 
     def mark(self) -> Mark:
         """Return the time, and how much of it has gone to clock and handler, which don't count."""
@@ -1091,15 +1088,16 @@ def _add_faults(run: Run) -> None:
 
 
 def _add_interrupts(run: Run, draw: random.Random) -> None:
-    """Ctrl-C in a main thread, sometimes a second one soon after."""
+    """Ctrl-C in a main thread, sometimes more of it soon after."""
     if draw.random() < 0.4:
         mains = [task for task in run.scheduler.tasks if task.name == "main"]
         task = draw.choice(mains[:1] * 3 + mains)
         points = 12.0 if run.deep else 9.0
         first = int(2 ** (draw.random() * points))
         task.interrupts = [first]
-        if draw.random() < 0.3:
-            task.interrupts.append(first + int(2 ** (draw.random() * (points - 4))))
+        while draw.random() < 0.3:
+            last = task.interrupts[-1]
+            task.interrupts.append(last + int(2 ** (draw.random() * (points - 4))))
 
 
 def _add_death(run: Run, draw: random.Random) -> None:
