@@ -43,9 +43,6 @@ a deadline ends an operation
     is_late = seconds <= 0  =>  is_late = False
 what ended by itself is no timeout
     if is_late and error == ERROR_OPERATION_ABORTED:  =>  if is_late:
-close() ends what is under way
--                _kernel32.CancelIoEx(self._handle, None)
-+                pass
 close() closes the handle
 -            # This closes the handle, unless another thread's operation still has it.
 -            self._handle = None
