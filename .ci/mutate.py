@@ -228,12 +228,14 @@ def main() -> int:
         source = file.read()
     edits = [edit for edit in read_edits() if re.search(options.only, edit.rule)]
     if options.fit:
+        status = 0
         for edit in edits:
             try:
                 compile(apply_edit(source, edit), "vmshim.py", "exec")
             except (ValueError, SyntaxError) as error:
                 print(f"NO EDIT   {edit.rule}: {error}")
-        return 0
+                status = 1
+        return status
 
     how = Suite(sys.executable if options.linux else os.path.join(HERE, "wine-python"))
     _, output = run_suite(source, "", how)
