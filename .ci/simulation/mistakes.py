@@ -146,8 +146,6 @@ a look takes note that it has looked
 a wait ends when a client's time is over
 -        seconds = max(0.0, min(seconds, deadline - time.monotonic()))
 +        seconds = max(0.0, min(seconds, deadline))
-a request is complete only when its message is wholly read
-    elif is_complete and read.error() != ERROR_MORE_DATA:  =>  elif is_complete:
 the bound is exact
     len(self._clients) >= self.max_clients  =>  len(self._clients) > self.max_clients
 one instance is offered at a time

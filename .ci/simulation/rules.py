@@ -250,8 +250,8 @@ class Run:
             if is_its and request.has_arrived() < looked:
                 self.broken("too late", f"{request} had come, and is told it is too late")
 
-    def handle(self, slot: Slot, vm_request: Any) -> None:
-        """The server's handler."""
+    def handle(self, slot: Slot, vm_request: Any, called: float) -> None:
+        """The server's handler, which was called at this time."""
         request = self.requests.get(vm_request.id)
         if request is None:
             self.broken("ledger", f"the handler got {vm_request!r}, which nobody sent")
@@ -261,7 +261,7 @@ class Run:
             self.broken("one at a time", f"{request} while another is handled")
         if request.handled:
             self.broken("once", f"{request} is carried out again")
-        self._check_whole(request)
+        self._check_whole(request, called)
         request.handled.append(now)
         self.order.append(request.id)
         self.handling += 1
@@ -289,7 +289,7 @@ class Run:
         current = self.scheduler.now - self.handling_since if self.handling else 0.0
         return self.handled_before + current
 
-    def _check_whole(self, request: Request) -> None:
+    def _check_whole(self, request: Request, called: float) -> None:
         """All of the client's message must have been read, and the client must be there."""
         file, write = request.file, request.write
         if not (file and write):
@@ -299,10 +299,9 @@ class Run:
             self.broken("whole", f"{request} is carried out before all of it is read")
         server = file.instance.server
         told = min(server.told_gone if server else math.inf, file.closed_at + 0.0025)
-        # The server may have looked a moment ago.
-        moment = 0.02 if self.deep else 0.0002
+        moment = 0.02 if self.deep else 0.0  # the server may have looked a moment ago
         jumped_just_now = self.scheduler.now - self.scheduler.jumped_at < 0.01
-        if told + moment < self.scheduler.now and not jumped_just_now:
+        if told + moment < called and not jumped_just_now:
             self.broken("gone", f"{request} is carried out, and its client had gone")
 
     def issue(self, slot: Slot, request: Request) -> None:

@@ -630,7 +630,7 @@ class Plumbing:
         self.peer_waits = draw.choice((0.0, 0.0, 0.05, 0.3, 3.0))
         self.ends_by = draw.choice(("close", "deadline"))
         self.deadline = draw.choice((0.0, 0.05, 0.3, None))
-        self.pause = draw.choice((0.0, 0.0, 0.001, 0.1))
+        self.pause = draw.choice((0.0, 0.0, 0.001, 0.3))
         self.received = b""
         self.arrived = b""
         self.threads: list[Task] = []
@@ -988,14 +988,18 @@ class ServerProcess:
         took = scheduler.now - scheduler.current.interrupted_at
         if took > STOP_SECONDS + scheduler.jumped + TOLERANCE:
             self.run.broken("timeout", f"serve_forever() ended {took:.3f} s after Ctrl-C")
+        kept = len(self.slot.process.handles) - len(self.server._came_early)
+        if kept > 2 and scheduler.current.interruptions < 3:  # the event, and what keeps the name
+            self.run.broken("left", f"{error!r} keeps a client's handle open")
 
     def _handler(self, request: Any) -> None:
+        called = self.run.scheduler.now
         if self.stop_by == "handler" and self.run.random.random() < 0.3:
             self.run.stopping = True
             self.run.requests[request.id].must_be_answered = True
             self.stops_begun += 1
             self.server.close()
-        self.run.handle(self.slot, request)
+        self.run.handle(self.slot, request, called)
 
     def _close(self) -> None:
         """A close() that follows always finishes what was left."""
@@ -1136,9 +1140,9 @@ FAULTS = {
 
 SCENARIOS: list[tuple[float, Callable[[Run], None]]] = [
     (0.50, in_line),
-    (0.76, service),
-    (0.82, calm),
-    (0.88, exchange),
+    (0.75, service),
+    (0.80, calm),
+    (0.86, exchange),
     (0.94, plumbing),
     (0.97, silence),
     (0.98, full),
