@@ -1340,8 +1340,7 @@ class Win32Test(PipeCase):
 
     def test_finalisers_are_no_python_code_that_ctrl_c_could_cut_short(self) -> None:
         for kind in vmshim._Handle, getattr(vmshim, "_SecurityDescriptor", Pipe), Pipe:
-            finaliser = getattr(kind, "__del__")
-            self.assertFalse(hasattr(finaliser, "__code__"), kind)
+            self.assertFalse(hasattr(getattr(kind, "__del__"), "__code__"), kind)
 
     def test_closing_a_handle_leaves_the_last_error_alone(self) -> None:
         windows.set_last_error(4711)
@@ -1826,10 +1825,14 @@ class ExchangeTest(PipeCase):
         self.assertEqual(error.filename, self.path)
         self.assertRegex(str(error), LOOK_FIRST)
 
+    def test_write_that_fails_for_another_reason_waits_for_no_response(self) -> None:
+        self.fake_shim_hanging()
+        with failing("WriteFile", 8):
+            self.caught(ConnectionLostError, self.issue, timeout=0.2)
+
     def test_server_that_closes_while_reading_leaves_the_outcome_unknown(self) -> None:
         self.fake_shim(lambda pipe: pipe.read(5), mode=PIPE_TYPE_BYTE, buffers=0)
-        error = self.caught(ConnectionLostError, self.issue)
-        self.assertEqual(error.winerror, ERROR_BROKEN_PIPE)
+        self.assertEqual(self.caught(ConnectionLostError, self.issue).winerror, ERROR_BROKEN_PIPE)
 
     def test_server_that_disconnects_leaves_the_outcome_unknown(self) -> None:
         self.fake_shim(RawPipe.read, writing(b"\0"), RawPipe.flush, RawPipe.disconnect)
@@ -1898,8 +1901,10 @@ class ExchangeTest(PipeCase):
 
     def test_broken_logging_hides_no_outcome(self) -> None:
         def issue(err: io.StringIO) -> None:
-            self.fake_shim_responding(SHIM_SUCCESS)
-            self.issue()
+            for stream in err, None:
+                with mock.patch.object(sys, "stderr", stream):
+                    self.fake_shim_responding(SHIM_SUCCESS)
+                    self.issue()
             self.assertRegex(err.getvalue(), r"^$|^[^\n]*: done .*logging failed: \w+Error.*\n$")
 
         self.with_broken_logging(issue)
@@ -1946,7 +1951,7 @@ winreg: Any = __import__("winreg") if WINDOWS else None  # type checkers know it
 ZERO_GUID = "00000000-0000-0000-0000-000000000000"
 BROKEN_STATES = (
     *(b"", b"{", b"[]", b"{} {}", b'{"Owner":5}', b'{"IsHost":1}', b'{"UniqueID":"x"}'),
-    b'{"Created":"x"}',
+    *(b'{"Created":"x"}', b'{"UniqueID":""}'),
 )
 
 
@@ -4127,13 +4132,11 @@ class Interruptions:
         if twice:
             # Here, because a real Ctrl-C hits the main thread only. If this hangs, it says where.
             faulthandler.dump_traceback_later(4 * LONG, exit=True)
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 try:
                     call()
                 finally:
                     interrupter.await_second()
-            except KeyboardInterrupt:
-                pass
             persist(faulthandler.cancel_dump_traceback_later)
         else:
             thread = threading.Thread(target=call, daemon=True)
@@ -4211,16 +4214,14 @@ class FileTest(Case):
         self.assertGreaterEqual(results.attempted, 2)
 
     def test_each_keyword_has_its_documented_default(self) -> None:
-        defaults: dict[str, Any] = {"timeout": None, "security_descriptor": None, "root": "default"}
-        defaults.update(
-            max_response=MEBIBYTE, request_timeout=10, max_clients=64, connect_timeout=2
-        )
+        known: dict[str, Any] = {"timeout": None, "security_descriptor": None, "root": "default"}
+        known.update(max_response=MEBIBYTE, max_clients=64, request_timeout=10, connect_timeout=2)
         calls: list[Any] = [getattr(vmshim, name) for name in vmshim.__all__]
         for call in calls:
             call = getattr(call, "__init__", call) if inspect.isclass(call) else call
             for name, default in (getattr(call, "__kwdefaults__", None) or {}).items():
                 with self.subTest(call=call.__qualname__, name=name):
-                    self.assertEqual(default, defaults[name])
+                    self.assertEqual(default, known[name])
         for limit in "MAX_REQUEST", "MAX_RESPONSE":
             self.assertEqual(getattr(vmshim, limit, MEBIBYTE), MEBIBYTE)
 
