@@ -1413,15 +1413,17 @@ class VMShimServer:
 
     `handler` is called with one VMRequest at a time, in the thread that runs serve_forever(). If it
     returns, the client is told of success. To refuse a request it raises ShimError with the text
-    for the client, who gets it byte for byte. Any other Exception is a bug in the handler: it is
-    logged as an error, and the client gets its text, too. While the handler runs, nothing else is
-    done: one more client may connect and wait, as with the reference, and others get PipeBusyError.
-    A request whose client has gone before the handler begins is not carried out.
+    for the client, who gets it byte for byte, or the first MAX_RESPONSE bytes. Any other Exception
+    is a bug in the handler: it is logged as an error, and the client gets its text, too. While the
+    handler runs, nothing else is done: one more client may connect and wait, as with the reference,
+    and others get PipeBusyError. A request whose client has gone before the handler begins is not
+    carried out.
 
     `request_timeout` is how long, in seconds, a client may take for each of these: sending its
     request, reading the response, closing its end. The handler's time doesn't count. None means no
-    limit. At most `max_clients` are connected at a time, and each can make the server hold a
-    request of MAX_REQUEST bytes: 71 MiB for 64, and up to 30 more while one of them is parsed.
+    limit. At most `max_clients` are connected at a time, besides those who come while the server is
+    made. Each can make it hold 5.1 MiB, a request of MAX_REQUEST bytes as it came and as text; up
+    to 30 more are held while one of them is parsed.
 
     `security_descriptor` is an SDDL string that says who may connect. Without it LocalSystem,
     administrators and the account that runs the server may, and nobody else. It must give this
@@ -1780,6 +1782,7 @@ class _Client:
         self.step = "respond"
         self.deadline = _deadline(self._server.request_timeout)
         self.received.clear()
+        self.request = None
         data = self._response = response[:MAX_RESPONSE]
         self._begin(self._responded, _kernel32.WriteFile, data, len(data), None)
 
