@@ -2,7 +2,6 @@
 
     python3 .ci/simulate.py --seconds 60      as many runs as that, from a random seed on
     python3 .ci/simulate.py --seed 42         one run again, with its history
-    python3 .ci/simulate.py --seed 42 --shrink    with as few faults and switches as possible
     python3 .ci/simulate.py --histories       the model against what Windows is known to do
     python3 .ci/simulate.py --suite           the pipe tests of test_vmshim.py
     --deep    switches and Ctrl-C at each bytecode of vmshim.py, some 20 times slower

@@ -1,4 +1,4 @@
-"""The command line of .ci/simulate.py: many runs, one run again, and the smallest that fails."""
+"""The command line of .ci/simulate.py: many runs, or one run again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from simulation.environment import Slot
 from simulation.fibers import GreenletExit
 from simulation.on_model import compare_model
 from simulation.rules import Run, decisions_for
-from simulation.scenarios import FAULTS, scenario_for
-from simulation.scheduler import Decisions, Replay
+from simulation.scenarios import scenario_for
+from simulation.scheduler import Decisions
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SLOTS = 8
@@ -54,19 +54,11 @@ class Simulator:
         if lost.exc_type is not GreenletExit:
             self.lost.append(f"exception: {lost.exc_value!r} is lost in {lost.object!r}")
 
-    def run(
-        self,
-        seed: int,
-        decisions: Decisions | None = None,
-        *,
-        keep_history: bool = False,
-        without: frozenset[str] = frozenset(),
-    ) -> Outcome:
+    def run(self, seed: int, *, keep_history: bool = False) -> Outcome:
         """Run once."""
-        decisions = decisions or decisions_for(seed)
+        decisions = decisions_for(seed)
         self.lost.clear()
         run = Run(self.slots, seed, decisions, keep_history=keep_history)
-        run.without = without
         run.deep = self.deep
         if self.deep:
             self.tracer.start(run)
@@ -90,7 +82,6 @@ def main() -> int:
     parser.add_argument("--runs", type=int, help="how many runs")
     parser.add_argument("--seed", type=int, help="repeat this run, or begin with it")
     parser.add_argument("--deep", action="store_true", help="switch at each bytecode of vmshim.py")
-    parser.add_argument("--shrink", action="store_true", help="find a smaller run that fails")
     parser.add_argument("--histories", action="store_true", help="check the model")
     parser.add_argument("--mistakes", metavar="REGEX", nargs="?", const="", help="plant mistakes")
     parser.add_argument("--processes", type=int, default=1, help="of --mistakes, at a time")
@@ -113,7 +104,7 @@ def main() -> int:
     with open(options.file, encoding="utf-8") as file:
         simulator = Simulator(file.read(), deep=options.deep)
     if options.seed is not None and options.seconds is None and options.runs is None:
-        return _run_one(simulator, options.seed, shrink=options.shrink)
+        return _run_one(simulator, options.seed)
     return _run_many(simulator, options)
 
 
@@ -150,7 +141,7 @@ def _run_many(simulator: Simulator, options: argparse.Namespace) -> int:
             failed += 1
             print(f"seed {seed}: {violations[0]}", flush=True)
             if not options.quiet and failed == 1:
-                _show(simulator, seed, None, frozenset())
+                _show(simulator, seed)
             if failed >= options.failures:
                 break
     rate = runs / (time.monotonic() - began)
@@ -171,22 +162,15 @@ def _compare_repeated(simulator: Simulator, seed: int, first: Outcome) -> list[s
     return ["replay: the same seed gave another run"]
 
 
-def _run_one(simulator: Simulator, seed: int, *, shrink: bool) -> int:
-    outcome = simulator.run(seed)
-    if shrink and outcome.violations:
-        _shrink(simulator, seed, outcome)
-    else:
-        _show(simulator, seed, None, frozenset())
-    failed = 1 if outcome.violations else 0
+def _run_one(simulator: Simulator, seed: int) -> int:
+    failed = 1 if _show(simulator, seed) else 0
     print(f"1 run, 1 runs/s, seed {seed}, {failed} violations")
     return failed
 
 
-def _show(
-    simulator: Simulator, seed: int, decisions: Decisions | None, without: frozenset[str]
-) -> None:
+def _show(simulator: Simulator, seed: int) -> list[str]:
     """Print a run's history: when, who, what; each thread has a column of its own."""
-    outcome = simulator.run(seed, decisions, keep_history=True, without=without)
+    outcome = simulator.run(seed, keep_history=True)
     columns: dict[str, int] = {}
     for _, who, _ in outcome.history:
         columns.setdefault(who, len(columns))
@@ -196,49 +180,4 @@ def _show(
         print(f"{when * 1000:12.3f} ms {'   ' * columns[who]}{who}: {what}")
     for line in outcome.violations:
         print(f"broken: {line}")
-
-
-def _rule(outcome: Outcome) -> str:
-    return outcome.violations[0].split(":")[0] if outcome.violations else ""
-
-
-def _shrink(simulator: Simulator, seed: int, outcome: Outcome) -> None:
-    """Leave out faults and switches as long as the same rule is broken; show what is left."""
-    rule = _rule(outcome)
-    switches, faults = dict(outcome.decisions.switches), dict(outcome.decisions.faults)
-    without: set[str] = set()
-
-    def fails(switches: dict[int, str], faults: dict[int, float], without: set[str]) -> bool:
-        again = simulator.run(seed, Replay(seed, switches, faults), without=frozenset(without))
-        return _rule(again) == rule
-
-    for kind in FAULTS:
-        if fails(switches, faults, without | {kind}):
-            without.add(kind)
-    if not fails(switches, faults, without):
-        print("the run can't be repeated from its decisions")
-    faults = _fewest(faults, lambda fewer: fails(switches, fewer, without))
-    switches = _fewest(switches, lambda fewer: fails(fewer, faults, without))
-    _show(simulator, seed, Replay(seed, switches, faults), frozenset(without))
-    print(
-        f"shrunk: {len(switches)} of {len(outcome.decisions.switches)} switches, "
-        f"{len(faults)} of {len(outcome.decisions.faults)} faults; "
-        f"not needed: {', '.join(sorted(without)) or 'nothing'}"
-    )
-
-
-def _fewest(chosen: dict[int, Any], fails: Any) -> dict[int, Any]:
-    """Leave out ever smaller parts (Zeller's ddmin)."""
-    size = len(chosen) // 2 or 1
-    while chosen and size:
-        keys = sorted(chosen)
-        left_out = False
-        for place in range(0, len(keys), size):
-            part = set(keys[place : place + size])
-            fewer = {key: value for key, value in chosen.items() if key not in part}
-            if len(fewer) < len(chosen) and fails(fewer):
-                chosen = fewer
-                left_out = True
-        if not left_out:
-            size //= 2
-    return chosen
+    return outcome.violations

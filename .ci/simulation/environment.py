@@ -213,7 +213,6 @@ class Function:
         self.name = self.__name__ = name
         self.restype: Any = ctypes.c_int
         self.argtypes: Any = None
-        self.errcheck: Any = None
         self.errors = DOCUMENTED_ERRORS.get(name, ())
         self.makes_handle = name in ("CreateFileW", "CreateNamedPipeW")
 

@@ -374,6 +374,8 @@ an instance that listens again wakes who waits [K32: test_wait_pipe; NPFS: waits
     pair s c, start w waitpipe 2000, disconnect s, asleep w -> yes, connect s -> 997, join w
 the last instance goes while somebody waits [not sure]
     pair s c, start w waitpipe 500, close s, join w -> 2 or 121
+an instance that is made after the last one's end ends the wait [NPFS: waitsup.c]
+    pair s c, start w waitpipe 900, close s, close c, create t, join w -> 0 or 2 (wine: 676)
 the last instance goes, its client first [not sure]
     pair s c, start w waitpipe 500, close c, asleep w -> yes, close s,
     join w -> 2 or 121 (wine: 676)

@@ -228,8 +228,6 @@ class PipeName:
     descriptor: Descriptor
     owner: str  # the account that made the first instance
     instances: list[Instance] = field(default_factory=list)
-    # Who waits, and whether an instance was offered since.
-    waiters: dict[Any, bool] = field(default_factory=dict)
 
     def rights(self, process: Process) -> int:
         """Return what a process may do to the pipe."""
@@ -326,6 +324,8 @@ class Kernel:
         self.reuse_handles = reuse_handles or not strict
         self.judges_waits = strict
         self.names: dict[str, PipeName] = {}
+        # Who waits for a pipe of each name, and whether an instance was offered since.
+        self.waiters: dict[str, dict[Any, bool]] = {}
         self.started: dict[int, Operation] = {}  # the last operation for each OVERLAPPED
         self.listens = 0
         self.on_open: Callable[[Process, Instance], object] = _ignore
@@ -485,8 +485,9 @@ class Kernel:
         instance.state = LISTENING
         self.listens += 1
         instance.listening_since = self.listens
-        for task in instance.name.waiters:
-            instance.name.waiters[task] = True
+        waiters = self.waiters.get(instance.name.path, {})
+        for task in waiters:
+            waiters[task] = True
             self.world.wake(task)
 
     def CreateFileW(self, process: Process, path: Any, access: int, *arguments: Any) -> int:
@@ -536,16 +537,17 @@ class Kernel:
             return 1
         deadline = self._after(milliseconds) if milliseconds else self.world.now + name.timeout
         task = self.world.current
-        name.waiters[task] = False
+        waiters = self.waiters.setdefault(key, {})
+        waiters[task] = False
         # Nobody is sure whether the end of the last instance ends the wait.
         heeds_end = not self.world.chance(0.5)
-        while not name.waiters[task] and self.world.now < deadline:
-            if not name.instances and heeds_end:
+        while not waiters[task] and self.world.now < deadline:
+            if key not in self.names and heeds_end:
                 break
             self.world.block(deadline)
-        if name.waiters.pop(task):
+        if waiters.pop(task):
             return 1
-        gone = not name.instances and heeds_end
+        gone = key not in self.names and heeds_end
         return self._result(ERROR_FILE_NOT_FOUND if gone else ERROR_SEM_TIMEOUT)
 
     def _close_end(self, file: File) -> None:
@@ -562,7 +564,7 @@ class Kernel:
             name.instances.remove(instance)
             if not name.instances:
                 del self.names[name.path]
-                self._wake(name.waiters)
+                self._wake(self.waiters.get(name.path, ()))
             if instance.state is LISTENING:
                 return
         elif file.cut:
@@ -1059,7 +1061,7 @@ class Kernel:
             parsed = _parse_sddl(_text(text))
         except ValueError as error:
             return self._result(int(str(error)))
-        address = 0x10000 + 16 * (len(process.descriptors) + 1)
+        address = process.first_handle + 0x8000 + 16 * len(process.descriptors)
         process.descriptors[address] = parsed
         getattr(descriptor, "_obj", descriptor).value = address
         return 1
@@ -1178,5 +1180,8 @@ def _descriptor(process: Process, attributes: Any) -> Descriptor:
     if attributes is None:
         return DEFAULT_DESCRIPTOR
     read = SecurityAttributes.from_buffer_copy(attributes)
-    found = process.descriptors.get(read.lpSecurityDescriptor or 0)
-    return found if isinstance(found, Descriptor) else DEFAULT_DESCRIPTOR
+    if not read.lpSecurityDescriptor:
+        return DEFAULT_DESCRIPTOR
+    found = process.descriptors.get(read.lpSecurityDescriptor)
+    assert found, "the security descriptor is freed"
+    return Descriptor(found.entries)

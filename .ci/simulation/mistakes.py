@@ -146,6 +146,25 @@ a look takes note that it has looked
 a wait ends when a client's time is over
 -        seconds = max(0.0, min(seconds, deadline - time.monotonic()))
 +        seconds = max(0.0, min(seconds, deadline))
+a request is complete only when its message is wholly read
+    elif is_complete and read.error() != ERROR_MORE_DATA:  =>  elif is_complete:
+a request that is answered is forgotten
+-        self.request = None
+-        data = self._response
++        data = self._response
+who takes success and doesn't leave holds nobody up
+    any(client.step == "connect" for client  =>  any(client.step in ("connect", "leave") for client
+a descriptor lives as long as what refers to it
+    attributes.descriptor = descriptor  # keeps the memory as long as the attributes  =>  pass
+a server outlives an instance that it is refused
+-            self._pause_offers(error.winerror)
+-            client.drop()
++            client.drop()
++            raise
+what is no request is refused
+    client.respond(str(error).encode("utf-8", "backslashreplace"))  =>  client.respond(SHIM_SUCCESS)
+busy is tried as long as allowed
+    give_up = _deadline(connect_timeout)  =>  give_up = _deadline((connect_timeout or 9) / 2)
 the bound is exact
     len(self._clients) >= self.max_clients  =>  len(self._clients) > self.max_clients
 one instance is offered at a time

@@ -108,7 +108,6 @@ class Run:
         self.used = 0
         self.requests: dict[str, Request] = {}
         self.peers: list[Task] = []
-        self.without: frozenset[str] = frozenset()  # faults that are left out
         self.deep = False
         self.fine = self.random.random() < 0.3  # a switch point after each call, too
         self.deep_rate = random.Random(seed).choice((0.0, 0.001, 0.01))
@@ -166,8 +165,7 @@ class Run:
     def check_clean(self, slot: Slot, when: str) -> None:
         """A process that is through has nothing left, and needs no garbage collection for that.
 
-        What Ctrl-C has left is given back by the next operation after Windows has let go of it. A
-        third Ctrl-C may leave the memory of an operation for good.
+        A third Ctrl-C may leave the memory of an operation for good.
         """
         process = slot.process
         under_way = slot.module.__dict__["_under_way"]
@@ -177,22 +175,13 @@ class Run:
         if under_way and self.scheduler.current.interruptions:
             while process.operations and all(each.cancelled for each in process.operations):
                 self.scheduler.sleep(STEP)  # Windows is late with the end
-            self._use_another_pipe(slot)
         if process.operations:
             kinds = ", ".join(operation.kind for operation in process.operations)
             self.broken("left", f"{process.name} has operations pending {when}: {kinds}")
+        if any(process.descriptors.values()):
+            self.broken("left", f"{process.name} keeps a security descriptor {when}")
         if under_way and self.scheduler.current.interruptions < 3:
             self.broken("left", f"{process.name} keeps memory of operations {when}")
-
-    def _use_another_pipe(self, slot: Slot) -> None:
-        self.scheduler.note("one more operation, which gives back what is left")
-        self.scheduler.current.interrupts.clear()
-        slot.faulty = ()
-        other, path = Process("other"), f"{PATH}-{slot.process.name}"
-        self.kernel.CreateNamedPipeW(other, path, 3, 4, 1, 9, 9, 0, None)
-        with slot.module.__dict__["dial_pipe"](path) as pipe:
-            pipe.write(b"x")
-        self.end_process(other)
 
     def run(self, build: Callable[[Run], None]) -> list[str]:
         """Go from the beginning to the end; return the rules that were broken."""
@@ -324,18 +313,22 @@ class Run:
         except module["NotSentError"] as error:
             request.outcome = "not sent"
             self._check_kept(slot, error)
+            if isinstance(error, TimeoutError):
+                is_busy = isinstance(error, module["PipeBusyError"])
+                seconds = request.connect_timeout if is_busy else request.timeout
+                self._check_early(slot, request, jumped, seconds)
         except module["OutcomeUnknownError"] as error:
             request.outcome = "unknown"
             request.timed_out = isinstance(error, TimeoutError)
             self.check_error(error)
             self._check_kept(slot, error)
             if request.timed_out:
-                self._check_early(slot, request, jumped)
+                self._check_early(slot, request, jumped, request.timeout)
         except KeyboardInterrupt as error:
             request.outcome = "interrupted"
             self._check_kept(slot, error)
             took = self.scheduler.now - self.scheduler.current.interrupted_at
-            if took > 1.0 + self.scheduler.jumped:
+            if took > 0.3 + self.scheduler.jumped:
                 self.broken("timeout", f"Ctrl-C came out after {took:.3f} s")
         except GreenletExit:
             raise
@@ -375,9 +368,11 @@ class Run:
         if getattr(error, "winerror", 0) in (995, 996, 997):
             self.broken("exception", f"{error!r} came out")
 
-    def _check_early(self, slot: Slot, request: Request, jumped: float) -> None:
+    def _check_early(
+        self, slot: Slot, request: Request, jumped: float, seconds: float | None
+    ) -> None:
         took = self.scheduler.now - request.began + self.scheduler.jumped - jumped
-        if took + slot.clock_step + 0.001 < (request.timeout or 0.0):
+        if took + slot.clock_step + 0.001 < (seconds or 0.0):
             self.broken("timeout", f"{request} was given up after {took:.3f} s")
 
     def check_ledger(self) -> None:
@@ -411,7 +406,8 @@ class Run:
         """A refusal's text arrives as it was, byte for byte."""
         seen, expected = request.response, request.expected_bytes()
         if not request.handled:
-            right = UNHEARD
+            stops = self.stopping or self.scheduler.tasks[0].interruptions
+            right = UNHEARD if stops else [TOO_LATE]
         elif request.answer == "success":
             right = [b"\0OK\0"]  # if only a part of it came
         elif expected in (b"", b"\0OK\0"):

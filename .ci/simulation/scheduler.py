@@ -2,8 +2,7 @@
 
 Each simulated thread is a greenlet. It gives way at switch points only: the calls into the kernel,
 sleeps, and in the deep mode each bytecode of vmshim.py. All that a run decides (who is next, what
-fails, what is late) goes through one `Decisions` object, which remembers it, so a run can be
-repeated with fewer of them.
+fails, what is late) goes through one `Decisions` object.
 
 Two ways to choose who is next: uniformly at random, and PCT (Burckhardt and others, "A randomized
 scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010): each thread has a random
@@ -110,37 +109,6 @@ class Decisions:
     def priority(self) -> float:
         """Return the priority of a new thread."""
         return self.random.random() + 1
-
-
-class Replay(Decisions):
-    """Repeats some of the decisions of a run; all others are the plain ones."""
-
-    def __init__(self, seed: int, switches: dict[int, str], faults: dict[int, float]) -> None:
-        super().__init__(seed)
-        self.given_switches = switches
-        self.given_faults = faults
-
-    def pick(self, tasks: list[Task], current: Task | None, step: int) -> Task:
-        """Go on with the current thread unless told otherwise."""
-        chosen = current if current in tasks else tasks[0]
-        wanted = self.given_switches.get(step)
-        for task in tasks:
-            if task.label == wanted:
-                chosen = task
-        assert chosen
-        return chosen
-
-    def preempts(self, bytecode: int, rate: float) -> bool:
-        """Repeat a switch at a bytecode if it is one of the given."""
-        return bytecode in self.given_switches
-
-    def fault(self) -> float:
-        """Repeat a fault if it is one of the given."""
-        return self.given_faults.get(self.asked, 0.0)
-
-    def late(self) -> float:
-        """Repeat a delay if it is one of the given."""
-        return self.given_faults.get(self.asked, 0.0)
 
 
 class Scheduler:
