@@ -58,7 +58,7 @@ class Event(Waiting):
 
 
 class Semaphore(Waiting):
-    """threading.Semaphore; with a value of 1 it serves as a Lock."""
+    """threading.Semaphore."""
 
     def __init__(self, value: int = 1) -> None:
         super().__init__()
@@ -121,8 +121,4 @@ def make_threading(slot: Slot) -> types.ModuleType:
     module = types.ModuleType("threading")
     for kind in (Event, Semaphore, Thread):
         module.__dict__[kind.__name__] = type(kind.__name__, (kind,), {"slot": slot})
-    module.__dict__["Lock"] = module.__dict__["Semaphore"]
-    module.__dict__["get_ident"] = lambda: id(slot.scheduler.current)
-    module.__dict__["main_thread"] = lambda: slot.scheduler.tasks[0]
-    module.__dict__["current_thread"] = lambda: slot.scheduler.current
     return module
