@@ -1625,7 +1625,7 @@ class VMShimServer:
         # Python 3.13, monotonic() moves in steps of 15.6 ms, too long for this.
         give_up = time.perf_counter() + _COURTESY
         while client.step == "respond" and time.perf_counter() < give_up:
-            self._wait(_COURTESY)
+            self._wait(give_up - time.perf_counter())
             self._advance()
 
     def _call_handler(self, request: VMRequest) -> bytes:

@@ -12,7 +12,7 @@ and saw, and what the handler did; when all is over, and while it goes on, these
 - a client is told as soon as the handler is done with its request, whatever the next one takes, and
   nobody whose request had come is told that none came in time;
 - nobody sees any other exception, and everybody ends within the timeout and 0.2 s;
-- a process that is through has no handle, operation or descriptor left, and nothing is closed twice or
+- a process that is through has no handle, operation or descriptor left; nothing is closed twice, or
   used at a wrong time (kernel.py sees to that); an exception keeps no handle open;
 - a silent client delays nobody, and whoever has no right to open the pipe never gets an instance.
 """
