@@ -165,22 +165,24 @@ class Run:
     def check_clean(self, slot: Slot, when: str) -> None:
         """A process that is through has nothing left, and needs no garbage collection for that.
 
-        A third Ctrl-C may leave the memory of an operation for good.
+        A third Ctrl-C may leave an operation and its memory.
         """
         process = slot.process
         under_way = slot.module.__dict__["_under_way"]
         if process.handles:
             kinds = ", ".join(type(handle).__name__ for handle in process.handles.values())
             self.broken("left", f"{process.name} has handles left {when}: {kinds}")
+        if any(process.descriptors.values()):
+            self.broken("left", f"{process.name} keeps a security descriptor {when}")
+        if self.scheduler.current.interruptions > 2:
+            return
         if under_way and self.scheduler.current.interruptions:
             while process.operations and all(each.cancelled for each in process.operations):
                 self.scheduler.sleep(STEP)  # Windows is late with the end
         if process.operations:
             kinds = ", ".join(operation.kind for operation in process.operations)
             self.broken("left", f"{process.name} has operations pending {when}: {kinds}")
-        if any(process.descriptors.values()):
-            self.broken("left", f"{process.name} keeps a security descriptor {when}")
-        if under_way and self.scheduler.current.interruptions < 3:
+        if under_way:
             self.broken("left", f"{process.name} keeps memory of operations {when}")
 
     def run(self, build: Callable[[Run], None]) -> list[str]:
