@@ -1115,7 +1115,7 @@ def _add_interrupts(run: Run, draw: random.Random) -> None:
         points = 12.0 if run.deep else 9.0
         first = int(2 ** (draw.random() * points))
         task.interrupts = [first]
-        while draw.random() < 0.3:
+        while draw.random() < 0.5:
             last = task.interrupts[-1]
             task.interrupts.append(last + int(2 ** (draw.random() * (points - 4))))
 
