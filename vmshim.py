@@ -264,7 +264,7 @@ class ShimBusyError(NotSentError, _PipeError, TimeoutError):
     """The time was over before the shim had read the request: it was busy with another one.
 
     That it won't carry the request out rests on how hcsshim's shim reads: in whole buffers, and
-    from a pipe that has no buffers. Of a shim that reads otherwise, look at its state first.
+    from a pipe that has no buffers. If your shim reads otherwise, look at the container first.
     """
 
     _means = errno.ETIMEDOUT, "the shim is busy with another request and has not read this one"
@@ -951,7 +951,7 @@ def issue_vm_request(
     - ShimError: the shim refused;
     - NotSentError (PipeBusyError, PipeNotFoundError, PipeAccessError, PipeOpenError,
       NeedsWindowsError, ShimBusyError): it was not carried out and won't be; repeating is safe
-      (for ShimBusyError see there on what that rests);
+      (ShimBusyError says on what that rests);
     - OutcomeUnknownError (ResponseTimeoutError, ConnectionLostError, or itself for an empty
       response): the request may have been carried out, or may be later.
     """
